@@ -1,0 +1,23 @@
+"""The app in the browser: `wb app`. Pages pick and draw; everything they show comes from the packages below them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import streamlit as st
+
+from app import widgets
+from workbench.errors import UserError
+
+st.set_page_config(page_title="Workbench", page_icon=str(Path(__file__).with_name("icon.svg")), layout="wide")
+page = st.navigation(
+    [
+        st.Page("pages/runs.py", title="Runs", default=True),
+        st.Page("pages/run.py", title="Run", url_path="run", visibility="hidden"),
+    ],
+    position="top",
+)
+try:
+    page.run()
+except UserError as error:  # whatever the packages refuse is a sentence here, as on the command line
+    widgets.refusal(str(error))

@@ -1,0 +1,183 @@
+"""One run: what it found, what the number means, an example, and how to get it again. Addressed by ?run=<id>."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+import streamlit as st
+
+from app import widgets
+from workbench import plots, registry, runs
+from workbench.errors import UserError
+from workbench.lenses import AttentionResult, LensResult
+from workbench.runs import Run
+from workbench.scores import NodeScores
+
+CHART: dict[str, Any] = {"displaylogo": False, "modeBarButtons": [["toImage"]]}
+SHOWN_ELSEWHERE = {"top_heads", "definition", "unit", "n_nodes", "metric_by_layer", "top_heads_std"}
+
+
+def show(run: Run) -> None:
+    result = run.result
+    scores = plots.node_scores(result)
+    heading(run)
+    strip(run)
+    st.plotly_chart(plots.figure(result), key="figure", config=CHART)
+    definition(run)
+    if isinstance(result, LensResult):
+        st.subheader("What the lens reads in the example")
+        st.plotly_chart(plots.token_map(result), key="tokens", config=CHART)
+    if isinstance(result, AttentionResult):
+        pattern(run, result)
+    if scores is None:
+        example(run)
+        further(run)
+    else:
+        left, right = st.columns([9, 11], gap="large")
+        with left:
+            nodes(scores)
+        with right:
+            example(run)
+            further(run)
+    st.subheader("Run it again")
+    st.code(run.record["command"], language="bash", wrap_lines=True)
+    provenance(run)
+
+
+def heading(run: Run) -> None:
+    key = run.record["key"]
+    parts = [run.record["model_name"], key["task"], f"{key['n']} prompts", f"seed {key['seed']}"]
+    parts += [f"{name} {value}" for name, value in key["parameters"].items()]
+    parts.append(f"{datetime.fromisoformat(run.record['created']):%-d %b %Y, %H:%M} UTC")
+    st.title(widgets.plain(key["analysis"]), anchor=False)
+    st.caption(" · ".join(widgets.plain(str(part)) for part in parts))
+
+
+def strip(run: Run) -> None:
+    task, cost = run.record["task"], run.record["cost"]
+    prompts = f"over {task['n']} prompts"
+    metric = widgets.plain(task["metric"])
+    figures = [
+        ("accuracy", f"{task['accuracy']:.0%}", f"Share of prompts whose {metric} is above 0, {prompts}."),
+        ("top-1", f"{task['top1']:.0%}", f"Share of prompts whose right answer is the likeliest token, {prompts}."),
+        *(
+            (
+                f"{metric}, {side}",
+                f"{task[f'{side}_mean']:.2f} ± {task[f'{side}_std']:.2f}".replace("-", "−"),
+                f"On the {side} prompts, nothing changed inside the model: mean and standard deviation {prompts}.",
+            )
+            for side in ("clean", "corrupted")
+        ),
+        ("seconds", f"{cost['seconds']:.1f}", "When it was computed. Opening it again computes nothing."),
+        ("forward passes", f"{cost['forward_passes']:,}", "When it was computed, on top of what was stored already."),
+    ]
+    for column, (label, value, about) in zip(st.columns([3, 3, 5, 5, 3, 3]), figures, strict=True):
+        column.metric(label, value, help=about)
+
+
+def definition(run: Run) -> None:
+    text = run.summary.get("definition") or registry.get_analysis(run.record["key"]["analysis"]).about
+    st.markdown(f"**What the number is.** {widgets.plain(str(text)[:1].upper() + str(text)[1:]).removesuffix('.')}.")
+
+
+def nodes(scores: NodeScores) -> None:
+    """Tables of the strongest heads and MLPs, side by side."""
+    tables = [("Heads", plots.ranking(scores, scores.heads(), 10)), ("MLPs", plots.ranking(scores, scores.mlps(), 10))]
+    tables = [(title, rows) for title, rows in tables if rows]
+    for column, (title, rows) in zip(st.columns(len(tables)), tables, strict=True):
+        with column:
+            st.subheader(title, anchor=False)
+            cells = {"node": [row.node for row in rows], "score": [widgets.number(row.score) for row in rows]}
+            if rows[0].error is not None:
+                cells["s.e."] = [widgets.number(row.error or 0.0, signed=False) for row in rows]
+            st.table(cells, border="horizontal", hide_index=True)
+
+
+def example(run: Run) -> None:
+    shown = run.record["task"]["example"]
+    st.subheader("Example", anchor=False)
+    for side in ("clean", "corrupted"):
+        st.caption(f"{side} prompt")
+        st.code(shown[side], language=None, wrap_lines=True)
+    st.markdown(f"right: {several(shown['answers'])} &emsp; wrong: {several(shown['wrong'])}")
+
+
+def several(answers: list[str]) -> str:
+    more = f" and {len(answers) - 6} more" if len(answers) > 6 else ""
+    return " ".join(widgets.literal(answer) for answer in answers[:6]) + more
+
+
+def further(run: Run) -> None:
+    """Headline numbers that no other part of the page shows."""
+    rest = {name: value for name, value in run.summary.items() if name not in SHOWN_ELSEWHERE}
+    rest = {name: value for name, value in rest.items() if not isinstance(value, dict | list)}
+    if rest:
+        st.subheader("Further numbers", anchor=False)
+        facts(rest)
+
+
+def pattern(run: Run, result: AttentionResult) -> None:
+    st.subheader("Where one head looks in the example", anchor=False)
+    n_layers, n_heads = result.patterns.shape[:2]
+    names = [plots.head(layer, h) for layer in range(n_layers) for h in range(n_heads)]
+    best = run.summary.get("induction", {}).get("head")
+    at = names.index(best) if best in names else 0
+    name = st.selectbox("head", names, index=at, key="head", width=160)
+    st.plotly_chart(plots.pattern_figure(result, name), key="pattern", config=CHART)
+
+
+def provenance(run: Run) -> None:
+    record = run.record
+    with st.expander("Where the number comes from", icon=":material/history:"):
+        for column, (title, values) in zip(
+            st.columns(3),
+            [
+                ("What decides the result", record["key"]),
+                ("What it may also depend on", record["environment"]),
+                ("What it cost", record["cost"]),
+            ],
+            strict=True,
+        ):
+            with column:
+                st.caption(title)
+                facts(values)
+        st.caption("Kept in")
+        st.code(str(run.folder), language=None, wrap_lines=True)
+
+
+def facts(values: Mapping[str, Any]) -> None:
+    """Names and values as a table, whatever is nested written out."""
+    rows = [(widgets.plain(name), widgets.plain(text)) for name, text in flat(values)]
+    st.table(
+        {"name": [name for name, _ in rows], "value": [text for _, text in rows]},
+        border="horizontal",
+        hide_index=True,
+        hide_header=True,
+    )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name} ")
+        elif name.endswith(("_bytes", "_budget")):
+            yield f"{prefix}{name}", f"{value / 1e6:,.1f} MB"
+        elif isinstance(value, float):
+            yield f"{prefix}{name}", f"{value:.4g}"
+        else:
+            yield f"{prefix}{name}", f"{value:,}" if isinstance(value, int) and name != "seed" else str(value)
+
+
+st.page_link("pages/runs.py", label="All runs", icon=":material/arrow_back:")
+chosen = st.query_params.get("run", "")
+if not chosen:
+    raise UserError("no run is chosen; pick one from the list of all runs.")
+run = runs.get_run(chosen)
+try:
+    show(run)
+except UserError:
+    raise
+except widgets.BROKEN as error:
+    raise widgets.damaged(run, error) from error

@@ -1,0 +1,407 @@
+"""Discrete codes of attention heads: which heads say something on clean prompts that they never say on corrupted ones.
+
+One small SAE is trained on the outputs of all heads on about ten prompts. The latent that fires most is the *code* of a
+head on a prompt. A head is scored by the codes it uses on clean prompts only (O'Neill & Bui, arXiv:2405.12522):
+
+    a = relu(E (x - b) + e),   x' = D a + b,   loss = mean (x' - x)^2 + lam * mean_rows sum a     (rows of E: unit norm)
+    K[example, head] = argmax_j a_j,   P_h, N_h = codes of head h on clean, corrupted,   u_h = |P_h \\ N_h|
+
+`mode="paper"` is the method as published, quirks included: the *rows* of D have unit norm, a row on which nothing
+fires gets code 0, prompts that trained the SAE are scored too, and the score is the bare count u_h, which is higher
+for a head with many codes even if labels are shuffled. `mode="fixed"` repairs each:
+
+- dictionary vectors (columns of D) have unit norm, and a row on which nothing fires has NONE for a code, which is not
+  counted;
+- each head is centred and divided by one number, its own RMS. A latent can stay on only where the projection on it
+  exceeds lam * d_model / 2 (5.8 at d_model 576), so without this the score is the norm of a head: quiet heads say
+  nothing, and a loud one says its own mean on every prompt. Neither statistic sees a label;
+- pairs of prompts that trained the SAE are not scored;
+- the score is (u_h - mean) / std over label swaps *within* pairs of clean and corrupted prompt. The two prompts of a
+  pair share a template, so under the null only the members of a pair are exchangeable. Shuffling all labels would put
+  both on one side, call template-specific codes unique, and give every head that reads the template a null too high.
+
+The score is not causal. It says that what a head writes differs between clean and corrupted prompts, never that the
+model uses it; and where corrupted prompts vary less (greater-than's all end in 01), every head that reads the varying
+token is scored, for which no permutation is a remedy. Hold it to exact patching before calling the top heads a circuit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from workbench import scores, sites
+from workbench.activations import ActivationStore
+from workbench.errors import UserError
+from workbench.models import LanguageModel
+from workbench.prompts import Batch
+from workbench.registry import analysis
+from workbench.scores import NodeScores
+
+NONE = -1
+CHUNK = 64  # prompts whose activations are held at once
+
+Mode = Literal["paper", "fixed"]
+
+
+class DiscreteSAE(NamedTuple):
+    """Parameters of the SAE, or their gradients."""
+
+    encoder: Float[Tensor, "latent d_model"]
+    encoder_bias: Float[Tensor, " latent"]
+    decoder: Float[Tensor, "d_model latent"]
+    bias: Float[Tensor, " d_model"]
+
+
+class TrialSettings(NamedTuple):
+    """The parameters of `sae_codes` that one trial needs."""
+
+    mode: Mode = "fixed"
+    latents: int = 200
+    examples: int = 10
+    steps: int = 500
+    lam: float = 0.02
+    lr: float = 1e-3
+    permutations: int = 200
+    pairs: bool = False
+
+
+@dataclass(frozen=True)
+class CodeScores:
+    """Scores of the heads by their codes; every tensor over heads is a mean over trials.
+
+    scores       what the mode calls its score: u_h in "paper", z in "fixed"
+    raw          u_h, codes seen on clean prompts only
+    normalised   u_h over the number of codes seen at all
+    z            u_h against label swaps within pairs
+    std          of the score, over trials
+    codes_used   how many different codes a head has
+    none         share of prompts on which no latent of a head fires (in "paper" they are merged with code 0)
+    pairs        U[h1, h2], pairs of codes seen together on clean prompts only; None unless asked for
+    loss, fvu    of the SAE on the rows it was trained on: final loss, fraction of variance unexplained
+    """
+
+    scores: NodeScores
+    raw: Float[Tensor, " head"]
+    normalised: Float[Tensor, " head"]
+    z: Float[Tensor, " head"]
+    std: Float[Tensor, " head"]
+    codes_used: Float[Tensor, " head"]
+    none: Float[Tensor, " head"]
+    pairs: Float[Tensor, "head head"] | None
+    loss: Float[Tensor, " trial"]
+    fvu: Float[Tensor, " trial"]
+
+    @property
+    def none_rate(self) -> float:
+        return float(self.none.mean())
+
+    def summary(self) -> dict[str, Any]:
+        names = list(self.scores.nodes)
+        out = self.scores.summary() | {
+            "none_rate": round(self.none_rate, 4),
+            "heads_without_codes": int((self.none == 1).sum()),
+            "mean_codes_used": round(float(self.codes_used.mean()), 2),
+            "trials": len(self.loss),
+            "mean_std_over_trials": round(float(self.std.mean()), 4),
+            "top_heads_std": [round(float(self.std[names.index(name)]), 4) for name, _ in self.scores.top(10)],
+            "mean_loss": round(float(self.loss.mean()), 5),
+            "mean_fvu": round(float(self.fvu.mean()), 4),
+        }
+        if self.pairs is not None:
+            best = self.pairs.triu(1).flatten().topk(min(10, len(names) * (len(names) - 1) // 2))
+            at = [divmod(int(i), len(names)) for i in best.indices]
+            out["top_pairs"] = [[names[i], names[j], round(float(self.pairs[i, j]), 3)] for i, j in at]
+        return out
+
+
+@analysis("sae-codes", version=1, n=250)
+def sae_codes(
+    model: LanguageModel,
+    batch: Batch,
+    store: ActivationStore,
+    *,
+    mode: Mode = "fixed",
+    latents: int = 200,
+    examples: int = 10,
+    steps: int = 500,
+    lam: float = 0.02,
+    lr: float = 1e-3,
+    trials: int = 10,
+    permutations: int = 200,
+    position: Literal["mean", "last"] = "mean",
+    pairs: bool = False,
+    seed: int = 0,
+) -> CodeScores:
+    """Heads whose discrete SAE codes occur on clean prompts only. Correlational: it does not show that a head is used.
+
+    mode          paper: as published; fixed: with its flaws repaired and a permutation null
+    latents       of the SAE, which is how many codes there can be
+    examples      prompts the SAE is trained on (fixed: whole pairs, so rounded up to even)
+    steps         of training; 0 leaves the SAE random, the control that training has to beat
+    lam           weight of the L1 penalty
+    lr            learning rate of Adam
+    trials        independent SAEs, over which scores are averaged
+    permutations  label swaps that make the null distribution
+    position      a head's output averaged over token positions, or at the last one
+    pairs         also count code pairs of two heads that occur together on clean prompts only
+    seed          of training examples, initialisation and permutations
+    """
+    n = len(batch)
+    if min(latents, examples, trials) < 1 or permutations < 2 or steps < 0:
+        raise UserError("latents, examples and trials must be at least 1, permutations 2, and steps 0.")
+    if mode == "fixed" and n <= (examples + 1) // 2:
+        raise UserError(f"{n} pairs leave none to score after {examples} training examples; raise --n.")
+    generator = torch.Generator().manual_seed(seed)
+    x = head_outputs(model, store, [*batch.clean, *batch.corrupted], position)
+    if mode == "fixed":
+        x = standardise(x)
+    settings = TrialSettings(mode, latents, examples, steps, lam, lr, permutations, pairs)
+    runs = [trial(x, settings, generator) for _ in tqdm(range(trials), desc="sae-codes", leave=False, disable=None)]
+    every = {key: torch.stack([run[key] for run in runs]).cpu() for key in runs[0]}
+    mean = {key: value.mean(0).float() for key, value in every.items()}
+    which = "raw" if mode == "paper" else "z"
+    null = f", z-scored against {permutations} label swaps within pairs" if mode == "fixed" else ""
+    definition = (
+        f"number of codes a head uses on clean and never on corrupted prompts{null}; {mode} mode, {latents} latents, "
+        f"{examples} training examples, {position} position, mean over {trials} SAEs from seed {seed}; not causal"
+    )
+    layers, heads = model.config.n_layers, model.config.n_heads
+    nodes = tuple(scores.head(layer, head) for layer in range(layers) for head in range(heads))
+    return CodeScores(
+        NodeScores(nodes, mean[which], definition, "codes" if mode == "paper" else "standard deviations"),
+        raw=mean["raw"],
+        normalised=mean["normalised"],
+        z=mean["z"],
+        std=every[which].std(0, correction=0).float(),
+        codes_used=mean["codes_used"],
+        none=mean["none"],
+        pairs=mean.get("pairs"),
+        loss=every["loss"].float(),
+        fvu=every["fvu"].float(),
+    )
+
+
+def trial(x: Float[Tensor, "example head d_model"], settings: TrialSettings, generator: Generator) -> dict[str, Tensor]:
+    """Train one SAE on some examples (of x, clean half first) and score the heads by its codes."""
+    n = len(x) // 2
+    train, scored = split(n, settings.examples, settings.mode, generator)
+    rows = x[train].flatten(0, 1)
+    sae = fit(rows, settings, generator)
+    table = codes(sae, x)
+    none = (table[torch.cat([scored, scored + n])] == NONE).double().mean(0)
+    if settings.mode == "paper":
+        table = table.clamp(min=0)  # argmax over zeros is 0
+    clean, corrupted = table[:n][scored], table[n:][scored]
+    out = score_codes(clean, corrupted, settings.latents, settings.permutations, generator)
+    if settings.pairs:
+        out["pairs"] = pair_scores(clean, corrupted, settings.latents).double()
+    return out | {"none": none, "loss": loss(sae, rows, settings.lam), "fvu": _fvu(sae, rows)}
+
+
+# ---- data ----
+
+
+def head_outputs(
+    model: LanguageModel, store: ActivationStore, sequences: Sequence[Int[Tensor, " pos"]], position: str
+) -> Float[Tensor, "example head d_model"]:
+    """What each head writes, averaged over positions or at the last one; heads in the order a0.h0, a0.h1, ..."""
+    hooks = [sites.block(layer, "attn.hook_z") for layer in range(model.config.n_layers)]
+    out = []
+    for start in range(0, len(sequences), CHUNK):
+        found = store.get(model, sequences[start : start + CHUNK], hooks)
+        layers = []
+        for layer, hook in enumerate(hooks):
+            # Pooled before W_O: the map is linear, and z is d_head wide instead of d_model.
+            z = torch.stack([one.float().mean(0) if position == "mean" else one[-1].float() for one in found[hook]])
+            layers.append(model.head_results(layer, z.to(model.device, model.dtype)).float())
+        out.append(torch.cat(layers, dim=1))
+    return torch.cat(out)
+
+
+def standardise(x: Float[Tensor, "example head d_model"]) -> Float[Tensor, "example head d_model"]:
+    """Each head less its mean, divided by its RMS: mean square 1 per element, directions kept. Constant heads are 0."""
+    x = x - x.mean(0)
+    rms = x.square().mean((0, 2), keepdim=True).sqrt()
+    return x / rms.where(rms > 1e-6 * rms.max(), torch.inf)
+
+
+def split(n: int, examples: int, mode: Mode, generator: Generator) -> tuple[Int[Tensor, " row"], Int[Tensor, " pair"]]:
+    """Rows that train (of 2n, clean ones first) and pairs that are scored."""
+    if mode == "paper":
+        return torch.randperm(2 * n, generator=generator)[:examples], torch.arange(n)
+    order = torch.randperm(n, generator=generator)
+    train, scored = order[: (examples + 1) // 2], order[(examples + 1) // 2 :]
+    return torch.cat([train, train + n]), scored
+
+
+# ---- the SAE ----
+
+
+def fit(rows: Float[Tensor, "row d_model"], settings: TrialSettings, generator: Generator) -> DiscreteSAE:
+    """Train by full-batch Adam. Unit norms hold at every step, and no gradient points along what they fix."""
+    d, latents = rows.shape[1], settings.latents
+    encoder, decoder = torch.randn(latents, d, generator=generator), torch.randn(d, latents, generator=generator)
+    bias = (2 * torch.rand(latents, generator=generator) - 1) / d**0.5
+    sae = DiscreteSAE(*(t.to(rows.device) for t in (encoder, bias, decoder, torch.zeros(d))))
+    unit = ((sae.encoder, 1), (sae.decoder, 1 if settings.mode == "paper" else 0))
+    _normalise(unit)
+    total = rows.sum(0)
+    adam = torch.optim.Adam(sae, lr=settings.lr)
+    for _ in range(settings.steps):
+        for parameter, gradient in zip(sae, gradients(sae, rows, settings.lam, total), strict=True):
+            parameter.grad = gradient
+        for weight, dim in unit:
+            assert weight.grad is not None
+            weight.grad -= (weight.grad * weight).sum(dim, keepdim=True) * weight
+        adam.step()
+        _normalise(unit)
+    for parameter in sae:
+        parameter.grad = None
+    return sae
+
+
+def _normalise(unit: tuple[tuple[Tensor, int], ...]) -> None:
+    for weight, dim in unit:
+        weight /= weight.norm(dim=dim, keepdim=True)
+
+
+def encode(sae: DiscreteSAE, x: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any latent"]:
+    return F.relu(x @ sae.encoder.T + (sae.encoder_bias - sae.encoder @ sae.bias))
+
+
+def decode(sae: DiscreteSAE, a: Float[Tensor, "*any latent"]) -> Float[Tensor, "*any d_model"]:
+    return a @ sae.decoder.T + sae.bias
+
+
+def loss(sae: DiscreteSAE, rows: Float[Tensor, "row d_model"], lam: float) -> Float[Tensor, ""]:
+    """Squared error averaged over all elements, plus lam times the L1 norm averaged over rows only."""
+    a = encode(sae, rows)
+    return F.mse_loss(decode(sae, a), rows) + lam * a.sum(1).mean()
+
+
+def gradients(
+    sae: DiscreteSAE, rows: Float[Tensor, "row d_model"], lam: float, total: Float[Tensor, " d_model"] | None = None
+) -> DiscreteSAE:
+    """Of the loss. `total` is the sum of the rows, for a caller who has it.
+
+    By hand because most rows and latents soon go silent, and only those that fire need more than the encoder.
+    """
+    n, d = rows.shape
+    a = encode(sae, rows)
+    firing, alive = a.any(1).nonzero()[:, 0], a.any(0).nonzero()[:, 0]
+    some, a = rows[firing], a[firing][:, alive]
+    encoder, decoder = sae.encoder[alive], sae.decoder[:, alive]
+    error = (torch.addmm(sae.bias - some, a, decoder.T)) * (2 / (n * d))
+    inward = torch.where(a > 0, error @ decoder + lam / n, 0)
+    total = rows.sum(0) if total is None else total
+    out = DiscreteSAE(*(torch.zeros_like(parameter) for parameter in sae))
+    out.encoder[alive] = inward.T @ some - inward.sum(0)[:, None] * sae.bias
+    out.encoder_bias[alive] = inward.sum(0)
+    out.decoder[:, alive] = error.T @ a
+    # The reconstruction error of silent rows is bias - row, so that its sum over all rows needs none of them.
+    outward = (a.sum(0) @ decoder.T + n * sae.bias - total) * (2 / (n * d))
+    out.bias.copy_(outward - inward.sum(0) @ encoder)
+    return out
+
+
+def _fvu(sae: DiscreteSAE, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, ""]:
+    error = (decode(sae, encode(sae, rows)) - rows).square().sum()
+    return error / (rows - rows.mean(0)).square().sum()
+
+
+# ---- codes ----
+
+
+def codes(sae: DiscreteSAE, x: Float[Tensor, "example head d_model"]) -> Int[Tensor, "example head"]:
+    """The latent that fires most; NONE where none does."""
+    out = []
+    for start in range(0, len(x), CHUNK):
+        top = encode(sae, x[start : start + CHUNK]).max(-1)
+        out.append(top.indices.where(top.values > 0, NONE))
+    return torch.cat(out)
+
+
+def score_codes(
+    clean: Int[Tensor, "pair head"],
+    corrupted: Int[Tensor, "pair head"],
+    n_codes: int,
+    permutations: int,
+    generator: Generator,
+) -> dict[str, Tensor]:
+    """u_h raw, normalised and against the null, and how many codes each head has."""
+    swaps = torch.rand(permutations + 1, len(clean), generator=generator).to(clean.device) < 0.5
+    swaps[0] = False
+    only, used = unique_codes(clean, corrupted, n_codes, swaps)
+    raw, null = only[0], only[1:]
+    std = null.std(0, correction=0)
+    z = torch.where(std > 0, (raw - null.mean(0)) / std, 0)
+    return {"raw": raw, "normalised": raw / used.clamp(min=1), "z": z, "codes_used": used}
+
+
+def unique_codes(
+    clean: Int[Tensor, "pair head"],
+    corrupted: Int[Tensor, "pair head"],
+    n_codes: int,
+    swaps: Bool[Tensor, "permutation pair"],
+) -> tuple[Float[Tensor, "permutation head"], Float[Tensor, " head"]]:
+    """u_h = |P_h \\ N_h| for every way of swapping the labels of some pairs, and |P_h | N_h|. NONE is no code."""
+    only, used = [], []
+    swap = swaps.float()
+    for p, q in zip(clean.T, corrupted.T, strict=True):
+        before, after = (F.one_hot(one + 1, n_codes + 1)[:, 1:].float() for one in (p, q))
+        total = before.sum(0) + after.sum(0)
+        count = before.sum(0) + swap @ (after - before)  # how often each code occurs among what is labelled clean
+        only.append(((count == total) & (total > 0)).sum(1))
+        used.append((total > 0).sum())
+    return torch.stack(only, 1).double(), torch.stack(used).double()
+
+
+# ---- pairs of heads ----
+
+
+def pair_scores(
+    clean: Int[Tensor, "example head"],
+    corrupted: Int[Tensor, "example head"],
+    n_codes: int,
+    layers: Int[Tensor, " head"] | None = None,
+) -> Int[Tensor, "head head"]:
+    """U[h1, h2]: pairs of codes that two heads have together on some clean and no corrupted example.
+
+    Symmetric, as published: neither direction nor layer is used. With `layers`, only U[h1, h2] with h1 in an earlier
+    layer than h2 is kept: what a real edge h1 -> h2 could be scored by.
+    """
+    both = torch.cat([clean, corrupted])
+    label = torch.cat([torch.zeros(len(clean)), torch.ones(len(corrupted))]).long().to(both.device)[:, None]
+    n_heads = both.shape[1]
+    out = torch.zeros(n_heads, n_heads, dtype=torch.long, device=both.device)
+    silent = both == NONE
+    for h in range(n_heads - 1):
+        joint = both[:, h, None] * n_codes + both[:, h + 1 :]
+        joint = joint.where(~silent[:, h, None] & ~silent[:, h + 1 :], n_codes**2)
+        # Sorted with the label as lowest bit, a run of one joint code ends with a clean row only if all of it is clean.
+        joint, is_corrupted = (key := (2 * joint + label).sort(0).values) // 2, key % 2
+        last = torch.cat([joint[1:] != joint[:-1], torch.ones_like(joint[:1], dtype=torch.bool)])
+        out[h, h + 1 :] = (last & (is_corrupted == 0) & (joint < n_codes**2)).sum(0)
+    out = out + out.T
+    return out if layers is None else out * (layers[:, None] < layers[None, :])
+
+
+def fold_back(pairs: Float[Tensor, "head head"], k: int | None = None) -> Int[Tensor, " head"]:
+    """The paper's "edge-level" prediction, which is one number per *head*: how often it is among the first k endpoints
+    when ordered pairs are listed best first, both endpoints of each. k is half the number of ordered pairs by default.
+
+    Its AUC is over heads and cannot be compared with an AUC over edges.
+    """
+    n = len(pairs)
+    ranked = pairs.double().masked_fill(torch.eye(n, dtype=torch.bool, device=pairs.device), -torch.inf)
+    order = ranked.flatten().argsort(descending=True, stable=True)[: n * (n - 1)]
+    ends = torch.stack([order // n, order % n], 1).flatten()
+    return ends[: n * n // 2 if k is None else k].bincount(minlength=n)

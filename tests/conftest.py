@@ -1,0 +1,125 @@
+"""Real parts for the tests: tiny random models of every family, with a tokenizer trained on the tasks' own text, and
+the embedded model. Runs and activations go to temporary folders; downloaded weights are shared between runs."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from workbench import registry, settings
+from workbench.activations import ActivationStore
+from workbench.models import LanguageModel
+
+torch.set_num_threads(1)  # several workers share the machine
+
+CONFIGS = {
+    "llama": lambda v: LlamaConfig(
+        vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256,
+    ),
+    "gpt2": lambda v: GPT2Config(vocab_size=v, n_embd=32, n_layer=3, n_head=4, n_positions=256),
+    "gpt_neox": lambda v: GPTNeoXConfig(
+        vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=256,
+    ),
+    "gemma3_text": lambda v: Gemma3TextConfig(
+        vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=256, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "qwen3": lambda v: Qwen3Config(
+        vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh WORKBENCH_HOME for every test."""
+    path = tmp_path / "home"
+    monkeypatch.setenv("WORKBENCH_HOME", str(path))
+    monkeypatch.delenv("WORKBENCH_DEVICE", raising=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which the tasks' words are single tokens."""
+    rng = random.Random(0)
+    prompts = [task.draw(rng) for task in registry.tasks().values() for _ in range(400)]
+    texts = [p.clean + p.answers[0] for p in prompts] + [p.corrupted + p.wrong[0] for p in prompts]
+    bpe = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)  # as in the embedded models
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=3000, initial_alphabet=alphabet, show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+@pytest.fixture(scope="session")
+def make_tiny(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LanguageModel]:
+    """make_tiny("gpt2", seed=1): a random model of a family."""
+
+    def make(kind: str = "llama", seed: int = 0) -> LanguageModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            module = AutoModelForCausalLM.from_config(CONFIGS[kind](len(tokenizer)))
+            for parameter in module.parameters():  # norms and biases too, so that none is trivially 0 or 1
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        return LanguageModel(module, tokenizer, name=f"tiny-{kind}", fingerprint=f"tiny-{kind}-{seed}")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(make_tiny: Callable[..., LanguageModel]) -> LanguageModel:
+    """Llama with grouped-query attention: 3 layers, 4 heads on 2 key-value heads, d_model 32."""
+    return make_tiny()
+
+
+@pytest.fixture
+def tiny_folder(tiny: LanguageModel, tmp_path: Path) -> str:
+    """The same model as a local folder, for the command line."""
+    folder = tmp_path / "tiny-model"
+    tiny._module.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ActivationStore:
+    return ActivationStore(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def shared_home() -> Path:
+    """Where downloaded weights are kept between test runs."""
+    saved = {name: os.environ.pop(name, None) for name in ("WORKBENCH_TEST_HOME",)}
+    return Path(saved["WORKBENCH_TEST_HOME"] or "~/.mechinterp-workbench").expanduser()
+
+
+@pytest.fixture
+def smollm(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LanguageModel]:
+    """The embedded model, fetched on first use."""
+    with monkeypatch.context() as patch:
+        patch.setenv("WORKBENCH_HOME", str(shared_home))
+        settings.home()
+        model = LanguageModel.load("smollm2-135m")
+    yield model

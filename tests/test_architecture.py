@@ -1,0 +1,69 @@
+"""The layers of the design, enforced: who may import whom, and where the backend and hooks live."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("workbench", "circuits", "saes", "app")
+# importer -> what it may import of ours
+ALLOWED = {
+    "workbench": {"workbench"},
+    "circuits": {"workbench", "circuits"},
+    "saes": {"workbench", "saes"},
+    "app": set(PACKAGES),
+}
+BACKEND = {"transformers", "transformer_lens"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of the modules a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def sources() -> list[Path]:
+    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def test_layers_import_downwards_only() -> None:
+    for path in sources():
+        package = path.relative_to(ROOT).parts[0]
+        for name in imports(path):
+            top = name.split(".")[0]
+            assert top not in PACKAGES or top in ALLOWED[package], f"{path} imports {name}"
+
+
+def test_the_backend_and_hooks_live_in_one_file() -> None:
+    for path in sources():
+        if path == ROOT / "workbench" / "backend.py":
+            continue
+        assert not BACKEND & {name.split(".")[0] for name in imports(path)}, f"{path} imports the backend"
+        assert "register_forward" not in path.read_text(), f"{path} registers hooks"
+
+
+def test_streamlit_is_imported_only_by_the_app() -> None:
+    for path in sources():
+        if path.relative_to(ROOT).parts[0] != "app":
+            assert "streamlit" not in {name.split(".")[0] for name in imports(path)}, f"{path} imports streamlit"
+
+
+def test_nothing_reads_pickles_prints_or_seeds_globally() -> None:
+    banned = {"pickle.", "torch.load(", "torch.save(", "torch.manual_seed(", "random.seed(", "np.random.seed("}
+    for path in sources():
+        text = path.read_text()
+        assert not [word for word in banned if word in text], path
+
+
+def test_modules_and_functions_stay_small() -> None:
+    for path in sources():
+        lines = [line for line in path.read_text().splitlines() if line.strip() and not line.strip().startswith("#")]
+        assert len(lines) <= 400, f"{path} has {len(lines)} lines"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 80, f"{path}: {node.name}"

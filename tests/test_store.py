@@ -1,0 +1,308 @@
+"""Laws of the activation store."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from workbench.activations import ActivationStore, codecs
+from workbench.activations.disk import Disk, NewEntry
+from workbench.errors import UserError
+from workbench.interventions import steer, zero
+from workbench.models import LanguageModel
+from workbench.sites import block
+
+Z, OUT = block(1, "attn.hook_z"), block(2, "hook_resid_post")
+
+
+def sequences(n: int = 12, seed: int = 0, vocab: int = 2000) -> list[torch.Tensor]:
+    """Unequal lengths, so that batches are bucketed."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab, (5 + i % 4,), generator=generator) for i in range(n)]
+
+
+def test_values_are_the_models_own(tiny: LanguageModel, store: ActivationStore) -> None:
+    found = store.get(tiny, sequences(), [Z, OUT])
+    for i, tokens in enumerate(sequences()):
+        alone = tiny.run(tokens[None], capture=[Z, OUT], logits="none")
+        for hook in (Z, OUT):  # computed in another batch shape: equal to float rounding
+            torch.testing.assert_close(found[hook][i], alone[hook][0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_hit_returns_the_stored_bytes_and_runs_nothing(tiny: LanguageModel, tmp_path: Path) -> None:
+    first = ActivationStore(tmp_path / "s")
+    cold = first.get(tiny, sequences(), [Z, OUT])
+    passes = tiny.forward_passes
+    warm = first.get(tiny, sequences(), [OUT, Z])
+    reopened = ActivationStore(tmp_path / "s").get(tiny, sequences(), [Z, OUT])
+    assert tiny.forward_passes == passes
+    for hook in (Z, OUT):
+        for a, b, c in zip(cold[hook], warm[hook], reopened[hook], strict=True):
+            assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_rows_stay_with_their_sequence_in_any_batch(tiny: LanguageModel, store: ActivationStore) -> None:
+    rows = sequences(20)
+    whole = store.get(tiny, rows, [OUT])[OUT]
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(3)).tolist()
+    passes = tiny.forward_passes
+    shuffled = store.get(tiny, [rows[i] for i in order], [OUT])[OUT]
+    assert tiny.forward_passes == passes
+    for place, i in enumerate(order):
+        assert torch.equal(shuffled[place], whole[i])
+
+
+def test_only_what_is_missing_is_computed(tiny: LanguageModel, store: ActivationStore) -> None:
+    rows = [torch.arange(6) + i for i in range(4)]
+    store.get(tiny, rows[:2], [OUT])
+    before = store.stats()
+    passes = tiny.forward_passes
+    store.get(tiny, rows, [Z, OUT])
+    after = store.stats()
+    assert after.computed - before.computed == 2 + 4  # OUT of two sequences, Z of four
+    assert tiny.forward_passes - passes == 2  # those that miss only Z, and those that miss both
+
+
+def test_the_caller_cannot_change_the_store(tiny: LanguageModel, store: ActivationStore) -> None:
+    row = sequences(1)
+    first = store.get(tiny, row, [OUT])[OUT][0]
+    kept = first.clone()
+    first.zero_()
+    assert torch.equal(store.get(tiny, row, [OUT])[OUT][0], kept)
+
+
+@pytest.mark.parametrize("change", ["token", "length", "hook", "weights", "dtype", "edit", "codec"])
+def test_every_part_of_the_key_matters(
+    change: str, tiny: LanguageModel, make_tiny: Callable[..., LanguageModel], tmp_path: Path
+) -> None:
+    store = ActivationStore(tmp_path / "s")
+    row = torch.arange(6)
+    store.get(tiny, [row], [OUT])
+    model, edit, hook = tiny, None, OUT
+    if change == "token":
+        row = row.clone().index_fill(0, torch.tensor([5]), 9)
+    elif change == "length":
+        row = row[:5]
+    elif change == "hook":
+        hook = Z
+    elif change == "weights":
+        model = make_tiny(seed=1)
+    elif change == "dtype":
+        model = make_tiny()
+        model._module.to(torch.bfloat16)
+    elif change == "edit":
+        edit = {Z: zero()}
+    elif change == "codec":
+        store = ActivationStore(tmp_path / "s", codec="float16")
+    before = store.stats().computed
+    store.get(model, [row], [hook], edit=edit)
+    assert store.stats().computed == before + 1
+
+
+def test_edited_activations_are_stored_under_what_the_edit_does(tiny: LanguageModel, store: ActivationStore) -> None:
+    row = [torch.arange(6)]
+    direction = torch.ones(tiny.config.d_model)
+    one = store.get(tiny, row, [OUT], edit={block(0, "hook_resid_post"): steer(direction, 1.0)})[OUT][0]
+    passes = tiny.forward_passes
+    again = store.get(tiny, row, [OUT], edit={block(0, "hook_resid_post"): steer(direction.clone(), 1.0)})[OUT][0]
+    assert tiny.forward_passes == passes and torch.equal(one, again)
+    two = store.get(tiny, row, [OUT], edit={block(0, "hook_resid_post"): steer(direction, 2.0)})[OUT][0]
+    assert not torch.allclose(one, two)
+    with pytest.raises(UserError, match="has no key"):
+        store.get(tiny, row, [OUT], edit={Z: lambda x: x})  # type: ignore[dict-item]
+
+
+def test_two_threads_asking_for_the_same_compute_once(tiny: LanguageModel, store: ActivationStore) -> None:
+    rows = sequences(8)
+    found: list[list[torch.Tensor]] = []
+    threads = [threading.Thread(target=lambda: found.append(store.get(tiny, rows, [OUT])[OUT])) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.stats().computed == 8
+    assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_failed_request_does_not_block_the_next(tiny: LanguageModel, store: ActivationStore) -> None:
+    with pytest.raises(UserError):
+        store.get(tiny, [torch.arange(300)], [OUT])
+    with pytest.raises(UserError):
+        store.get(tiny, [torch.arange(300)], [OUT])
+    assert store.get(tiny, [torch.arange(6)], [OUT])[OUT][0].shape == (6, 32)
+
+
+@pytest.mark.parametrize("codec", codecs.CODECS)
+def test_codecs_keep_their_word(codec: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 5, 32, generator=generator) * torch.logspace(-6, 6, 7)[:, None, None]  # rows of any size
+    x[0, 0] = 0
+    encoded = codecs.encode(x, codec)
+    assert len(encoded.data) == codecs.size(tuple(x.shape), codec)
+    decoded = codecs.decode(encoded.data, tuple(x.shape), codec)
+    assert torch.equal(decoded, encoded.decoded)
+    per_row = (decoded - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-30)
+    assert float(per_row.max()) <= {"float32": 0, "bfloat16": 4e-3, "float16": 5e-4, "int8": 1e-2}[codec]
+    measured = float((decoded - x).norm() / x.norm())
+    assert encoded.error == pytest.approx(measured, abs=1e-9)
+
+
+def test_a_lossy_codec_gives_the_first_caller_what_everybody_gets(tiny: LanguageModel, tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path / "s", codec="int8")
+    first = store.get(tiny, sequences(3), [OUT])[OUT]
+    reopened = ActivationStore(tmp_path / "s", codec="int8").get(tiny, sequences(3), [OUT])[OUT]
+    assert all(torch.equal(a, b) for a, b in zip(first, reopened, strict=True))
+
+
+def test_memory_stays_within_its_budget(tiny: LanguageModel, tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path / "s", memory_bytes=4000)
+    store.get(tiny, sequences(20), [OUT])
+    assert 0 < store.stats().memory_bytes <= 4000
+
+
+def test_disk_stays_within_its_budget_and_what_is_evicted_is_recomputed(tiny: LanguageModel, tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path / "s", memory_bytes=0, disk_bytes=20_000)
+    rows = sequences(8)
+    first = store.get(tiny, rows, [OUT])[OUT]
+    store.get(tiny, sequences(8, seed=1), [Z])
+    store.get(tiny, sequences(8, seed=2), [block(0, "hook_resid_post")])
+    stats = store.stats()
+    assert stats.disk_bytes <= 20_000
+    assert sum(path.stat().st_size for path in (tmp_path / "s").glob("*.rows")) <= 20_000
+    for a, b in zip(first, store.get(tiny, rows, [OUT])[OUT], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_batch_larger_than_the_disk_budget_is_refused(tiny: LanguageModel, tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path / "s", disk_bytes=100)
+    with pytest.raises(UserError, match="more than the disk budget of 100"):
+        store.get(tiny, sequences(1), [OUT])
+
+
+def test_every_bit_flip_is_detected_and_never_served(tiny: LanguageModel, tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path / "s", memory_bytes=0)
+    row = [torch.arange(6)]
+    truth = store.get(tiny, row, [OUT])[OUT][0]
+    (shard,) = (tmp_path / "s").glob("*.rows")
+    whole = shard.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(25):
+        where, bit = int(torch.randint(len(whole), (1,), generator=generator)), 1
+        shard.write_bytes(whole[:where] + bytes([whole[where] ^ bit]) + whole[where + 1 :])
+        reopened = ActivationStore(tmp_path / "s", memory_bytes=0)
+        (sentence,) = reopened.verify()
+        assert shard.name in sentence
+    torch.testing.assert_close(reopened.get(tiny, row, [OUT])[OUT][0], truth)  # dropped and computed anew
+    assert reopened.stats().computed == 1
+
+
+def _write_for_ever(root: Path, attempt: int, started: int) -> None:
+    disk = Disk(root, 10**9)
+    i = attempt * 10**6
+    while True:
+        names = [(i + j).to_bytes(16, "big") for j in range(20)]
+        disk.write("m", [NewEntry(k, "h", bytes([k[-1]]) * 3000, (750,), "float32", 0.0, "") for k in names])
+        os.write(started, b".")
+        i += 20
+
+
+def test_a_killed_writer_leaves_only_whole_rows(tmp_path: Path) -> None:
+    """kill -9 at ten instants; what is indexed is whole, and the next process carries on."""
+    generator = torch.Generator().manual_seed(0)
+    for attempt in range(10):
+        read, write = os.pipe()
+        child = os.fork()  # a fresh interpreter would spend its life importing
+        if child == 0:
+            _write_for_ever(tmp_path / "s", attempt, write)
+        assert os.read(read, 1) == b"."
+        time.sleep(0.1 * float(torch.rand(1, generator=generator)))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(read)
+        os.close(write)
+    disk = Disk(tmp_path / "s", 10**9)
+    assert not list(disk.verify())
+    keys = [key for (key,) in disk._db().execute("SELECT key FROM entries")]
+    assert len(keys) >= 10 * 20 and len(keys) % 20 == 0  # whole batches only
+    assert all(entry.data == bytes([key[-1]]) * 3000 for key, entry in disk.read(keys).items())
+    disk.write("m", [NewEntry(b"x" * 16, "h", b"after", (5,), "float32", 0.0, "")])
+    assert disk.read([b"x" * 16])[b"x" * 16].data == b"after"
+
+
+def test_the_first_stored_value_stays(tmp_path: Path) -> None:
+    """Two handles, as in two processes: the second writer learns that it was late."""
+    a, b = Disk(tmp_path / "s", 10**6), Disk(tmp_path / "s", 10**6)
+    key = b"k" * 16
+    assert a.write("m", [NewEntry(key, "h", b"first", (5,), "float32", 0.0, "")]) == set()
+    assert b.write("m", [NewEntry(key, "h", b"later", (5,), "float32", 0.0, "")]) == {key}
+    assert b.read([key])[key].data == b"first"
+
+
+def test_writing_goes_on_after_another_process_evicted_our_shard(tmp_path: Path) -> None:
+    a, b = Disk(tmp_path / "s", 10**6), Disk(tmp_path / "s", 10**6)
+    a.write("m", [NewEntry(b"1" * 16, "h", b"one", (3,), "float32", 0.0, "")])
+    b.evict()
+    a.write("m", [NewEntry(b"2" * 16, "h", b"two", (3,), "float32", 0.0, "")])
+    assert a.read([b"1" * 16, b"2" * 16]).keys() == {b"2" * 16}
+    assert b.read([b"2" * 16])[b"2" * 16].data == b"two"
+
+
+def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
+    Disk(tmp_path / "s", 10**6)
+    with sqlite3.connect(tmp_path / "s" / "index.sqlite") as db:
+        db.execute("UPDATE meta SET value = '99'")
+    with pytest.raises(UserError, match="has format 99, this version reads 1"):
+        Disk(tmp_path / "s", 10**6)
+
+
+def test_manifest_names_the_batch_shape_and_the_codecs_error(tiny: LanguageModel, tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path / "s", codec="bfloat16")
+    store.get(tiny, [torch.arange(6), torch.arange(6) + 1], [OUT])
+    rows = store.disk._db().execute("SELECT batch, codec, error, shape FROM entries").fetchall()
+    assert {(batch, codec) for batch, codec, _, _ in rows} == {("2x6", "bfloat16")}
+    assert all(0 < error < 4e-3 and json.loads(shape) == [6, 32] for _, _, error, shape in rows)
+
+
+def test_estimate_counts_bytes_exactly_and_nothing_once_stored(tiny: LanguageModel, store: ActivationStore) -> None:
+    rows = sequences(6)
+    before = store.estimate(tiny, rows, [Z, OUT])
+    assert before.missing == before.entries == 12 and before.seconds > 0
+    store.get(tiny, rows, [Z, OUT])
+    after = store.estimate(tiny, rows, [Z, OUT])
+    assert after.missing == 0 and after.seconds == 0
+    assert before.missing_bytes == store.stats().disk_bytes
+
+
+def test_stream_gives_each_row_once_shuffled_and_resumes(tiny: LanguageModel, store: ActivationStore) -> None:
+    rows = sequences(40)
+    plain = torch.cat(store.get(tiny, rows, [OUT])[OUT])
+    options = {"rows": 16, "window": 60, "seed": 5}
+    batches = [b[OUT] for b in store.stream(tiny, rows, [OUT], **options)]
+    streamed = torch.cat(batches)
+    assert [len(b) for b in batches[:-1]] == [16] * (len(batches) - 1)
+    as_keys = [Counter(row.numpy().tobytes() for row in x) for x in (streamed, plain)]
+    assert as_keys[0] == as_keys[1]
+    assert not torch.equal(streamed, plain)
+    for start in (1, 5, len(batches) - 1):
+        rest = [b[OUT] for b in store.stream(tiny, rows, [OUT], start=start, **options)]
+        assert len(rest) == len(batches) - start
+        assert all(torch.equal(a, b) for a, b in zip(rest, batches[start:], strict=True))
+    aligned = next(iter(store.stream(tiny, rows, [OUT, block(2, "hook_resid_mid")], **options)))
+    assert torch.equal(aligned[OUT], batches[0])
+
+
+def test_unknown_hooks_and_codecs_are_refused(tiny: LanguageModel, store: ActivationStore, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean"):
+        store.get(tiny, sequences(1), ["blocks.1.attn.hook_zz"])
+    with pytest.raises(UserError, match="no codec"):
+        ActivationStore(tmp_path / "s2", codec="float8")

@@ -1,0 +1,116 @@
+"""Where each canonical hook point lives inside a Hugging Face model: a table, no code that runs a model.
+
+A family maps the name inside a block to (path of the submodule, "in" or "out"). Tensors inside attention
+(`hook_z`, `hook_pattern`, rotated queries and keys) need no entry: the workbench runs the attention step itself and
+sees them there, in the same layout for every family, so grouped-query attention needs no special case.
+
+`hook_attn_out` and `hook_mlp_out` are what is *added to the residual stream*; for Gemma that is after the
+post-norms. The self-check at load time verifies that they sum to it, which is what catches a wrong row here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workbench.errors import UserError
+
+
+@dataclass(frozen=True)
+class Family:
+    embed: str
+    blocks: str
+    final_norm: str
+    attn: str
+    out_proj: str
+    hooks: dict[str, tuple[str, str]]
+    pos_embed: str | None = None
+    rotary: bool = True
+
+
+_LLAMA_HOOKS = {
+    "hook_resid_pre": ("", "in"),
+    "attn.hook_q": ("self_attn.q_proj", "out"),
+    "attn.hook_k": ("self_attn.k_proj", "out"),
+    "hook_attn_out": ("self_attn", "out"),
+    "hook_resid_mid": ("post_attention_layernorm", "in"),
+    "mlp.hook_pre": ("mlp.gate_proj", "out"),
+    "mlp.hook_pre_linear": ("mlp.up_proj", "out"),
+    "mlp.hook_post": ("mlp.down_proj", "in"),
+    "hook_mlp_out": ("mlp", "out"),
+    "hook_resid_post": ("", "out"),
+}
+
+LLAMA = Family(
+    embed="model.embed_tokens",
+    blocks="model.layers",
+    final_norm="model.norm",
+    attn="self_attn",
+    out_proj="self_attn.o_proj",
+    hooks=_LLAMA_HOOKS,
+)
+GEMMA = Family(
+    embed="model.embed_tokens",
+    blocks="model.layers",
+    final_norm="model.norm",
+    attn="self_attn",
+    out_proj="self_attn.o_proj",
+    hooks=_LLAMA_HOOKS
+    | {
+        "hook_attn_out": ("post_attention_layernorm", "out"),
+        "hook_resid_mid": ("pre_feedforward_layernorm", "in"),
+        "hook_mlp_out": ("post_feedforward_layernorm", "out"),
+    },
+)
+GPT2 = Family(
+    embed="transformer.wte",
+    pos_embed="transformer.wpe",
+    blocks="transformer.h",
+    final_norm="transformer.ln_f",
+    attn="attn",
+    out_proj="attn.c_proj",
+    rotary=False,
+    hooks={
+        "hook_resid_pre": ("", "in"),
+        "hook_attn_out": ("attn", "out"),
+        "hook_resid_mid": ("ln_2", "in"),
+        "mlp.hook_pre": ("mlp.c_fc", "out"),
+        "mlp.hook_post": ("mlp.c_proj", "in"),
+        "hook_mlp_out": ("mlp", "out"),
+        "hook_resid_post": ("", "out"),
+    },
+)
+GPT_NEOX = Family(  # Pythia: attention and MLP read the same residual, so there is no hook_resid_mid
+    embed="gpt_neox.embed_in",
+    blocks="gpt_neox.layers",
+    final_norm="gpt_neox.final_layer_norm",
+    attn="attention",
+    out_proj="attention.dense",
+    hooks={
+        "hook_resid_pre": ("", "in"),
+        "hook_attn_out": ("attention", "out"),
+        "mlp.hook_pre": ("mlp.dense_h_to_4h", "out"),
+        "mlp.hook_post": ("mlp.dense_4h_to_h", "in"),
+        "hook_mlp_out": ("mlp", "out"),
+        "hook_resid_post": ("", "out"),
+    },
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+}
+
+
+def family(model_type: str) -> Family:
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"models of type {model_type!r} are not mapped yet; mapped: {', '.join(FAMILIES)}. "
+            "A new family is one entry in workbench/architectures.py."
+        )
+    return FAMILIES[model_type]

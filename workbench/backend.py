@@ -1,0 +1,309 @@
+"""The one file that touches Hugging Face: it loads modules, runs the attention step, and registers hooks.
+
+The attention step is the library's scaled-dot-product kernel called through our own function, because that is the one
+place where queries, keys, patterns and per-head outputs have the same layout in every family. Everything else is an
+ordinary module hook, placed by the table in `workbench/architectures.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging as backend_logging
+
+from workbench import sites
+from workbench.architectures import Family
+from workbench.errors import UserError
+
+Visit = Callable[[Tensor], Tensor]
+KERNEL = "workbench-sdpa"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model_type: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    n_parameters: int
+    final_softcap: float | None
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a partial run starts: at `layer`, with the residual stream entering it.
+
+    resid [batch, pos', d_model] covers the *last* pos' positions of the tokens. Earlier positions, if any, are known
+    to be unchanged: `past` holds their keys (after rotation) and values for each layer from `layer` on, as captured at
+    `attn.hook_rot_k` (`attn.hook_k` where there is no rotation) and `attn.hook_v`: [batch, past, kv head, d_head].
+    """
+
+    layer: int
+    resid: Float[Tensor, "batch pos d_model"]
+    past: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Stop(Exception):
+    """Raised by a visitor to unwind the forward pass once the deepest requested site has been seen."""
+
+
+# ---- loading ----
+
+
+def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a local folder. Raises UserError if the files cannot be read."""
+    with _quiet():
+        try:
+            module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            return module, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # the backend raises many types for unreadable files
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{folder} could not be read as a model: {reason}") from error
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Dequantise a GGUF file to float32 safetensors and a tokenizer that load without it."""
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        module = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+        del module.config.quantization_config  # else save_pretrained refuses: the weights are plain float32 now
+        module.hf_quantizer = None
+        module.is_quantized = False
+        module.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def describe(module: PreTrainedModel) -> ModelConfig:
+    c = module.config
+    n_heads = c.num_attention_heads
+    return ModelConfig(
+        model_type=c.model_type,
+        n_layers=c.num_hidden_layers,
+        n_heads=n_heads,
+        n_kv_heads=getattr(c, "num_key_value_heads", None) or n_heads,
+        d_model=c.hidden_size,
+        d_head=getattr(c, "head_dim", None) or c.hidden_size // n_heads,
+        d_mlp=getattr(c, "intermediate_size", None) or getattr(c, "n_inner", None) or 4 * c.hidden_size,
+        d_vocab=c.vocab_size,
+        n_ctx=c.max_position_embeddings,
+        n_parameters=sum(math.prod(p.shape) for p in module.parameters()),
+        final_softcap=getattr(c, "final_logit_softcapping", None),
+    )
+
+
+@contextmanager
+def plain_attention(module: PreTrainedModel) -> Iterator[None]:
+    """The library's own eager attention, for comparison."""
+    module.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        module.set_attn_implementation(KERNEL)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The backend's progress bars and advice are not for our users."""
+    level = backend_logging.get_verbosity()
+    backend_logging.set_verbosity(backend_logging.CRITICAL)
+    backend_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        backend_logging.set_verbosity(level)
+        backend_logging.enable_progress_bar()
+
+
+# ---- the attention step ----
+
+
+@dataclass
+class _Taps:
+    """What is to be read and changed inside one attention module during one run."""
+
+    visit: Mapping[str, Visit] = field(default_factory=dict)
+    edited: frozenset[str] = frozenset()
+    past: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        return self.visit[name](x) if name in self.visit else x
+
+    def swapped(self, name: str, x: Tensor) -> Tensor:
+        """Hooks see [batch, pos, head, d_head]; the kernel wants [batch, head, pos, d_head]."""
+        return self.visit[name](x.transpose(1, 2)).transpose(1, 2) if name in self.visit else x
+
+
+_NO_TAPS = _Taps()
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """The attention step: query [batch, head, pos, d_head], key and value [batch, kv head, pos, d_head].
+
+    A pattern that is only read is computed beside the kernel's output, so that reading never changes a value.
+    """
+    taps = cast(_Taps, getattr(module, "workbench_taps", _NO_TAPS))
+    query = taps.swapped("attn.hook_rot_q", query)
+    key = taps.swapped("attn.hook_rot_k", key)
+    value = taps.swapped("attn.hook_v", value)
+    window = options.get("sliding_window")
+    if taps.past is not None:
+        key = torch.cat([taps.past[0].transpose(1, 2), key], dim=2)
+        value = torch.cat([taps.past[1].transpose(1, 2), value], dim=2)
+        attention_mask = _causal(query, key, window)  # the backend's mask knows nothing of the past
+    softcap = options.get("softcap")
+    rewritten = softcap is not None or bool(taps.edited & sites.PATTERN_HOOKS)
+    z = None
+    if rewritten or taps.visit.keys() & sites.PATTERN_HOOKS:
+        groups = query.shape[1] // key.shape[1]
+        scores = query @ repeat_kv(key, groups).transpose(2, 3) * options["scaling"]
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        mask = _causal(query, key, window) if attention_mask is None else attention_mask
+        scores = taps("attn.hook_attn_scores", scores.masked_fill(~mask, -torch.inf))
+        pattern = taps("attn.hook_pattern", scores.softmax(-1, dtype=torch.float32).to(query.dtype))
+        if rewritten:
+            z = (pattern @ repeat_kv(value, groups)).transpose(1, 2)
+    if z is None:
+        z = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+    return taps("attn.hook_z", z).contiguous(), None
+
+
+def _causal(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """[1, 1, query, key], true where a query may look; the queries are the last positions of the keys."""
+    n_query, n_key = query.shape[2], key.shape[2]
+    position = torch.arange(n_key, device=query.device)
+    distance = position[n_key - n_query :, None] - position[None]
+    allowed = distance >= 0
+    return (allowed if window is None else allowed & (distance < window))[None, None]
+
+
+ALL_ATTENTION_FUNCTIONS.register(KERNEL, _attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(KERNEL, sdpa_mask)
+
+
+# ---- hooks ----
+
+
+@contextmanager
+def hooked(
+    module: PreTrainedModel,
+    family: Family,
+    visitors: Mapping[str, Visit],
+    edited: frozenset[str],
+    start: Resume | None,
+    result_of: Callable[[int, Tensor], Tensor],
+    grad: bool,
+) -> Iterator[None]:
+    """Install one run's visitors (hook point -> function of the tensor there), and take all of them away after it."""
+    blocks = cast(nn.ModuleList, module.get_submodule(family.blocks))
+    with ExitStack() as stack:
+
+        def keep(handle: RemovableHandle) -> None:
+            stack.callback(handle.remove)
+
+        if start is not None:
+            resid = start.resid
+            for block in blocks[: start.layer]:
+                _skip(stack, block)
+            keep(blocks[start.layer].register_forward_pre_hook(lambda _, args: (resid, *args[1:])))
+        elif grad:  # parameters are frozen, so the graph has to begin somewhere
+            embed = module.get_submodule(family.embed)
+            keep(embed.register_forward_hook(lambda _, __, out: out.requires_grad_()))
+        for hook, visit in visitors.items():
+            layer, name = sites.split(hook)
+            if layer is None:
+                path = family.embed if name == "hook_embed" else cast(str, family.pos_embed)
+                keep(module.get_submodule(path).register_forward_hook(_on_output(visit, None)))
+            elif name == "attn.hook_result":
+                projection = blocks[layer].get_submodule(family.out_proj)
+                keep(projection.register_forward_hook(_on_result(visit, layer, result_of)))
+            elif name in family.hooks:
+                path, side = family.hooks[name]
+                submodule = blocks[layer].get_submodule(path)
+                if side == "in":
+                    keep(submodule.register_forward_pre_hook(_on_input(visit), with_kwargs=True))
+                else:
+                    d_head = describe(module).d_head if name in sites.HEAD_HOOKS else None
+                    keep(submodule.register_forward_hook(_on_output(visit, d_head)))
+        for layer in range(start.layer if start else 0, len(blocks)):
+            inside = {sites.block(layer, name): name for name in _attention_names(family)}
+            visit_inside = {_tap_name(family, inside[hook]): visitors[hook] for hook in inside if hook in visitors}
+            past = start.past.get(layer) if start else None
+            if visit_inside or past:
+                attn = blocks[layer].get_submodule(family.attn)
+                names = frozenset(inside[hook] for hook in inside if hook in edited)
+                attn.workbench_taps = _Taps(visit_inside, names, past)  # type: ignore[assignment]
+                stack.callback(delattr, attn, "workbench_taps")
+        yield
+
+
+def _attention_names(family: Family) -> tuple[str, ...]:
+    queries = ("attn.hook_rot_q", "attn.hook_rot_k") if family.rotary else ("attn.hook_q", "attn.hook_k")
+    return (*queries, "attn.hook_v", "attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z")
+
+
+def _tap_name(family: Family, name: str) -> str:
+    """Without rotation the kernel's queries and keys are simply `hook_q` and `hook_k`."""
+    plain = {"attn.hook_q": "attn.hook_rot_q", "attn.hook_k": "attn.hook_rot_k"}
+    return name if family.rotary else plain.get(name, name)
+
+
+def hook_points(family: Family, n_layers: int) -> tuple[str, ...]:
+    """Every hook point of a model, in order of computation."""
+    inside = {*_attention_names(family), "attn.hook_result", *family.hooks}
+    names = [name for name in sites.BLOCK_HOOKS if name in inside]
+    embeds = sites.EMBED_HOOKS if family.pos_embed else sites.EMBED_HOOKS[:1]
+    return (*embeds, *(sites.block(layer, name) for layer in range(n_layers) for name in names))
+
+
+def _skip(stack: ExitStack, block: nn.Module) -> None:
+    """A block that passes its input on: the residual stream it would have made is known already."""
+    block.forward = lambda hidden_states, *_, **__: hidden_states
+    stack.callback(delattr, block, "forward")
+
+
+def _on_input(visit: Visit) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (visit(args[0]), *args[1:]), kwargs
+
+    return hook
+
+
+def _on_output(visit: Visit, d_head: int | None) -> Callable[..., Any]:
+    def hook(_: nn.Module, __: Any, out: Any) -> Any:
+        x = out[0] if isinstance(out, tuple) else out
+        x = visit(x.unflatten(-1, (-1, d_head))).flatten(-2) if d_head else visit(x)
+        return (x, *out[1:]) if isinstance(out, tuple) else x
+
+    return hook
+
+
+def _on_result(visit: Visit, layer: int, result_of: Callable[[int, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """What each head adds exists only inside the output projection, so it is computed from the projection's input."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        result = result_of(layer, args[0])
+        after = visit(result)
+        return out if after is result else out + (after - result).sum(-2)
+
+    return hook

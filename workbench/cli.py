@@ -1,0 +1,334 @@
+"""wb: the workbench on the command line.
+
+Results go to stdout, everything else to stderr. With --json a command prints exactly one JSON object. Bad input is one
+line `wb: ...` and exit status 2.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from workbench.errors import UserError
+
+cli = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
+)
+store_cli = typer.Typer(no_args_is_help=True, help="The activation store: what it holds, and its upkeep.")
+cli.add_typer(store_cli, name="store")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Accept = Annotated[bool, typer.Option("--accept-terms", help="Accept the model's terms of use.")]
+
+
+def main() -> None:
+    """Entry point: errors of the user are one line, never a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "huggingface_hub", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        sys.exit(cli(standalone_mode=False))
+    except typer.TyperException as error:
+        _fail(error.format_message())
+    except UserError as error:
+        _fail(str(error))
+    except typer.Abort:
+        _fail("interrupted; what was stored so far is kept.")
+    except KeyboardInterrupt:
+        _fail("interrupted; what was stored so far is kept.")
+    except OSError as error:
+        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}; check space and permissions.")
+
+
+def _fail(message: str) -> None:
+    typer.echo("wb: " + " ".join(message.split()), err=True)
+    sys.exit(2)
+
+
+def _show(as_json: bool, value: Any, text: Callable[[], str]) -> None:
+    typer.echo(json.dumps(value) if as_json else text())
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns as wide as their widest cell."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+@cli.command()
+def models(as_json: AsJson = False) -> None:
+    """Embedded models, and what else can be loaded."""
+    from workbench import pretrained, settings
+
+    rows = [
+        {
+            "name": name,
+            "here": (settings.home() / "models" / name / "manifest.json").is_file(),
+            "licence": p.licence,
+            "download_mb": p.megabytes,
+            "about": p.about,
+        }
+        for name, p in pretrained.EMBEDDED.items()
+    ]
+    more = "Also any hub id (gpt2) while the hub can be reached, and any local folder (./my-model)."
+    _show(
+        as_json,
+        {"models": rows, "more": more},
+        lambda: table(["model", "here", "licence", "MB", "about"], [list(row.values()) for row in rows]) + "\n" + more,
+    )
+
+
+@cli.command()
+def tasks(as_json: AsJson = False) -> None:
+    """Tasks by name."""
+    from workbench import registry
+
+    rows = [
+        {"name": t.name, "metric": t.metric, "version": t.version, "about": t.about} for t in registry.tasks().values()
+    ]
+    _show(
+        as_json,
+        {"tasks": rows},
+        lambda: table(["task", "metric", "version", "about"], [list(r.values()) for r in rows]),
+    )
+
+
+@cli.command()
+def analyses(as_json: AsJson = False) -> None:
+    """Analyses by name, with their parameters."""
+    from workbench import registry
+
+    found = registry.analyses().values()
+    rows = [
+        {
+            "name": a.name,
+            "version": a.version,
+            "n": a.n,
+            "about": a.about,
+            "parameters": {
+                p.name: {"kind": registry.kind_name(p.kind), "default": p.default, "help": p.help}
+                for p in a.parameters.values()
+            },
+        }
+        for a in found
+    ]
+
+    def text() -> str:
+        lines = []
+        for a in found:
+            lines.append(f"{a.name}  (n = {a.n})\n    {a.about}")
+            lines += [
+                f"    --{p.name.replace('_', '-'):<14} {p.default!s:<8} {p.help} [{registry.kind_name(p.kind)}]"
+                for p in a.parameters.values()
+            ]
+        return "\n".join(lines)
+
+    _show(as_json, {"analyses": rows}, text)
+
+
+@cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(
+    context: typer.Context,
+    analysis: Annotated[str, typer.Argument(help="What to compute: see `wb analyses`.")],
+    model: Annotated[str, typer.Option(help="Embedded model, hub id or local folder.")] = "smollm2-135m",
+    task: Annotated[str, typer.Option(help="See `wb tasks`.")] = "ioi",
+    n: Annotated[str | None, typer.Option(help="Number of prompts; each analysis has a default.")] = None,
+    seed: Annotated[str, typer.Option(help="Seed of the prompts.")] = "0",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default WORKBENCH_DEVICE or cpu.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    accept_terms: Accept = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run an analysis, or show what it gave before. Its own parameters follow as --name value."""
+    from workbench import runs
+
+    done = runs.run(
+        analysis,
+        model=model,
+        task=task,
+        n=None if n is None else _integer("n", n),
+        seed=_integer("seed", seed),
+        device=device,
+        dtype=dtype,
+        accept_terms=accept_terms,
+        **_parameters(context.args),  # type: ignore[arg-type]
+    )
+    _show(as_json, done.to_json(), lambda: describe(done))
+
+
+def _integer(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name}={text!r} is not int; give a whole number.") from None
+
+
+def _parameters(words: Sequence[str]) -> dict[str, str]:
+    """`--lam 0.1 --mode=paper` as a dictionary."""
+    given: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"{word!r} is not understood; parameters are written --name value.")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"--{name} needs a value: --{name} VALUE.")
+            value = rest.pop(0)
+        given[name.replace("-", "_")] = value
+    return given
+
+
+def describe(done: Any) -> str:
+    """A finished run for the terminal."""
+    t = done.record["task"]
+    lines = [
+        f"{done.id}  {'found' if done.hit else 'computed'} in {done.seconds:.1f} s, "
+        f"{done.forward_passes} forward passes",
+        f"  task   {t['n']} prompts: accuracy {t['accuracy']:.2f}, top-1 {t['top1']:.2f}, "
+        f"{t['metric']} {t['clean_mean']:.3f} clean, {t['corrupted_mean']:.3f} corrupted",
+    ]
+    for name, value in done.summary.items():
+        if isinstance(value, list) and value and isinstance(value[0], list):
+            value = "  ".join(" ".join(map(str, item)) for item in value)
+        lines.append(f"  {name}  {value}")
+    lines.append(f"  again  {done.record['command']}")
+    return "\n".join(lines)
+
+
+@cli.command("runs")
+def list_runs(as_json: AsJson = False) -> None:
+    """All runs, newest first."""
+    from workbench import runs
+
+    rows = [
+        {
+            "run": r.id,
+            "model": r.record["model_name"],
+            "n": r.record["key"]["n"],
+            "created": r.record["created"],
+            "seconds": r.record["cost"]["seconds"],
+        }
+        for r in runs.all_runs()
+    ]
+    _show(
+        as_json,
+        {"runs": rows},
+        lambda: (
+            table(["run", "model", "n", "created", "seconds"], [list(r.values()) for r in rows])
+            if rows
+            else "no runs yet; try: wb run patching --task ioi"
+        ),
+    )
+
+
+@cli.command()
+def show(run: Annotated[str, typer.Argument(help="Id of a run: see `wb runs`.")], as_json: AsJson = False) -> None:
+    """One run."""
+    from workbench import runs
+
+    done = runs.get_run(run)
+    _show(as_json, done.to_json(), lambda: describe(done))
+
+
+@cli.command()
+def demo(as_json: AsJson = False) -> None:
+    """Circuits of a real pretrained model, by two methods on two tasks."""
+    from workbench import demo as walk
+
+    figures = walk.demo()
+    _show(as_json, figures, lambda: walk.text(figures))
+
+
+@cli.command()
+def app(port: Annotated[int, typer.Option(help="Port on this machine.")] = 8501) -> None:
+    """Open the browser app, on this machine only."""
+    main_page = Path(str(files("app"))) / "main.py"
+    command = [sys.executable, "-m", "streamlit", "run", str(main_page), "--server.address", "127.0.0.1"]
+    command += ["--server.port", str(port), "--browser.gatherUsageStats", "false"]
+    sys.exit(subprocess.call(command, env=os.environ | {"STREAMLIT_SERVER_SHOW_EMAIL_PROMPT": "false"}))
+
+
+# ---- store ----
+
+
+@store_cli.command("stats")
+def store_stats(as_json: AsJson = False) -> None:
+    """What the store holds."""
+    from workbench.activations import ActivationStore
+
+    stats = ActivationStore().stats()
+    _show(
+        as_json,
+        asdict(stats),
+        lambda: (
+            f"{stats.disk_entries:,} activations, {stats.disk_bytes / 1e6:,.1f} MB of {stats.disk_budget / 1e9:,.1f} GB"
+        ),
+    )
+
+
+@store_cli.command("estimate")
+def store_estimate(
+    model: Annotated[str, typer.Option()] = "smollm2-135m",
+    task: Annotated[str, typer.Option()] = "ioi",
+    n: Annotated[int, typer.Option()] = 32,
+    seed: Annotated[int, typer.Option()] = 0,
+    hook: Annotated[str, typer.Option(help="Name inside a block; all layers are meant.")] = "attn.hook_z",
+    accept_terms: Accept = False,
+    as_json: AsJson = False,
+) -> None:
+    """What it would cost to have one hook point of every layer for a task's prompts."""
+    from workbench import registry, sites
+    from workbench.activations import ActivationStore
+    from workbench.models import LanguageModel
+    from workbench.prompts import sample
+
+    loaded = LanguageModel.load(model, accept_terms=accept_terms)
+    batch = sample(registry.get_task(task), loaded, n, seed)
+    hooks = [sites.block(layer, hook) for layer in range(loaded.config.n_layers)]
+    cost = ActivationStore().estimate(loaded, batch.clean, hooks)
+    _show(
+        as_json,
+        asdict(cost),
+        lambda: (
+            f"{cost.missing:,} of {cost.entries:,} activations are missing: {cost.missing_bytes / 1e6:,.1f} MB, "
+            f"about {cost.seconds:.1f} s, {cost.peak_bytes / 1e6:,.1f} MB of memory"
+        ),
+    )
+
+
+@store_cli.command("verify")
+def store_verify(as_json: AsJson = False) -> None:
+    """Read everything and compare with its checksums."""
+    from workbench.activations import ActivationStore
+
+    damaged = ActivationStore().verify()
+    _show(as_json, {"damaged": damaged}, lambda: "\n".join(damaged) or "every stored activation is whole")
+    if damaged:
+        sys.exit(1)
+
+
+@store_cli.command("evict")
+def store_evict(
+    hook: Annotated[str | None, typer.Option(help="Only this hook point.")] = None,
+    keep_mb: Annotated[float, typer.Option(help="Megabytes that may stay.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Drop stored activations, least recently used first."""
+    from workbench.activations import ActivationStore
+
+    freed = ActivationStore().evict(hook=hook, keep_bytes=int(keep_mb * 1e6))
+    _show(as_json, {"freed_bytes": freed}, lambda: f"freed {freed / 1e6:,.1f} MB")

@@ -1,0 +1,52 @@
+"""How well a model does a task, one number per prompt, from the logits at the last position.
+
+A task names its metric. `answers` and `wrong` are token ids per prompt; most tasks have one of each, Greater-Than has
+many. Every metric is larger when the model does better, and 0 when right and wrong are equally likely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Ids = Sequence[Int[Tensor, " answer"]]
+
+
+def logit_diff(logits: Float[Tensor, "batch vocab"], answers: Ids, wrong: Ids) -> Float[Tensor, " batch"]:
+    """Mean logit of the right answers minus mean logit of the wrong ones (Wang et al. 2022, section 2)."""
+    return torch.stack(
+        [
+            row[a].mean() - row[w].mean()
+            for row, a, w in zip(logits, _on(logits, answers), _on(logits, wrong), strict=True)
+        ]
+    )
+
+
+def prob_diff(logits: Float[Tensor, "batch vocab"], answers: Ids, wrong: Ids) -> Float[Tensor, " batch"]:
+    """Total probability of the right answers minus that of the wrong ones (Hanna et al. 2023, section 2)."""
+    probs = logits.softmax(-1)
+    return torch.stack(
+        [row[a].sum() - row[w].sum() for row, a, w in zip(probs, _on(logits, answers), _on(logits, wrong), strict=True)]
+    )
+
+
+def kl(logits: Float[Tensor, "batch vocab"], reference: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
+    """KL divergence of the prediction from a reference prediction, in nats: sum p_ref (log p_ref - log p)."""
+    log_p = reference.log_softmax(-1)
+    return (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
+
+
+def top1(logits: Float[Tensor, "batch vocab"], answers: Ids) -> Float[Tensor, " batch"]:
+    """1 where the most likely token of the whole vocabulary is a right answer."""
+    best = logits.argmax(-1)
+    return torch.stack([(a == b).any().float() for a, b in zip(_on(logits, answers), best, strict=True)])
+
+
+def _on(logits: Tensor, ids: Ids) -> list[Tensor]:
+    return [i.to(logits.device) for i in ids]
+
+
+METRICS: dict[str, Callable[..., Tensor]] = {"logit_diff": logit_diff, "prob_diff": prob_diff}

@@ -1,0 +1,299 @@
+"""LanguageModel: one forward pass, read and edited at named sites.
+
+The model is the plain Hugging Face module; nothing is folded or centred, so logits are the model's own. Hook names
+are TransformerLens' on every architecture (`workbench/architectures.py` has the table). `run` holds the model's lock:
+two threads that hook one module would record each other's activations.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from workbench import backend, pretrained, settings, sites
+from workbench.architectures import family
+from workbench.backend import Resume
+from workbench.errors import UserError, unknown
+from workbench.sites import Site
+
+__all__ = ["Forward", "LanguageModel", "Resume"]
+
+Edit = Callable[[Tensor], Tensor]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one pass gave: logits [batch, pos, vocab] (or None when not asked for), and a copy of each captured site."""
+
+    logits: Float[Tensor, "batch pos vocab"] | None
+    activations: dict[str | Site, Tensor]
+
+    def __getitem__(self, site: str | Site) -> Tensor:
+        return self.activations[site]
+
+
+class LanguageModel:
+    """A causal language model that can be read and edited at sites. Safe to share between threads."""
+
+    def __init__(self, module: Any, tokenizer: Any, *, name: str, fingerprint: str):
+        self.name = name
+        self.fingerprint = fingerprint
+        self.tokenizer = tokenizer
+        self.forward_passes = 0
+        self.config = backend.describe(module)
+        self._module = module.eval().requires_grad_(False)
+        self._family = family(self.config.model_type)
+        self._module.set_attn_implementation(backend.KERNEL)
+        self._lock = threading.RLock()
+        self.hook_points = backend.hook_points(self._family, self.config.n_layers)
+
+    @classmethod
+    def load(
+        cls, name: str, *, device: str | None = None, dtype: str = "float32", accept_terms: bool = False
+    ) -> LanguageModel:
+        """Load an embedded model, a hub id (`gpt2`) or a local folder (`./folder`), and self-check it once.
+
+        Raises UserError when the model is unknown or unreachable, when its terms are not accepted, when its files
+        do not have the recorded digest, or when the self-check finds a difference to plain Hugging Face.
+        """
+        device = device or settings.device()
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"device {device!r} was asked for, but torch sees no GPU; use --device cpu.")
+        if dtype not in DTYPES:
+            raise unknown("dtype", dtype, DTYPES)
+        source = pretrained.locate(name, convert=backend.convert_gguf, accept_terms=accept_terms)
+        module, tokenizer = backend.load(source.folder, DTYPES[dtype])
+        model = cls(module.to(torch.device(device)), tokenizer, name=name, fingerprint=source.fingerprint)
+        pretrained.check_once(source, model.numerics, model.self_check)
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        return cast(torch.device, self._module.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return cast(torch.dtype, self._module.dtype)
+
+    @property
+    def numerics(self) -> str:
+        """What changes values beyond the weights: compute dtype, attention kernel and device type."""
+        return f"{str(self.dtype).removeprefix('torch.')}-sdpa-{self.device.type}"
+
+    # ---- text ----
+
+    def tokenize(self, text: str) -> Int[Tensor, " pos"]:
+        """Token ids of one text, with the special tokens (BOS) that the model's own tokenizer adds."""
+        return torch.tensor(self.tokenizer(text)["input_ids"], dtype=torch.long)
+
+    def token_ids(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without special tokens."""
+        return cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def token_strings(self, ids: Iterable[int]) -> list[str]:
+        return [self.tokenizer.decode([int(i)]) for i in ids]
+
+    # ---- running ----
+
+    def run(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        capture: Iterable[str | Site] = (),
+        edit: Mapping[str | Site, Edit] | None = None,
+        logits: Literal["all", "last", "none"] = "all",
+        stop_after: str | None = None,
+        start: Resume | None = None,
+        grad: bool = False,
+    ) -> Forward:
+        """One forward pass. All sequences of a batch have one length: nothing is ever padded.
+
+        capture      sites to return, after any edit there; copies, never views of the model's own buffers
+        edit         {site: function of the tensor at that site}
+        logits       "none" leaves out the unembedding and everything after the deepest captured site
+        stop_after   a hook point after which the pass ends (implies logits="none")
+        start        begin at a block with a given residual stream, with unchanged earlier positions left out
+        grad         keep the graph: captured tensors can be differentiated with torch.autograd.grad
+
+        Raises UserError for tokens that do not fit, unknown hook points, and edits that change a shape.
+        """
+        self._check_tokens(tokens)
+        wanted = {key: Site(key) if isinstance(key, str) else key for key in capture}
+        edits = [(Site(key) if isinstance(key, str) else key, fn) for key, fn in (edit or {}).items()]
+        hooks = {site.hook for site in wanted.values()} | {site.hook for site, _ in edits}
+        if stop_after is not None:
+            hooks.add(stop_after)
+            logits = "none"
+        for site in [*wanted.values(), *(site for site, _ in edits), *map(Site, hooks)]:
+            self._check_site(site, start)
+        deepest = stop_after
+        if deepest is None and logits == "none" and wanted:
+            deepest = max((site.hook for site in wanted.values()), key=sites.depth)
+        late = [hook for hook in hooks if deepest and sites.depth(hook) > sites.depth(deepest)]
+        if late and stop_after:
+            raise UserError(f"{late[0]} comes after stop_after={stop_after!r} and would never be reached.")
+
+        found: dict[str | Site, Tensor] = {}
+        visitors = {hook: _visitor(hook, wanted, edits, found, hook == deepest, grad) for hook in hooks}
+        edited = frozenset(site.hook for site, _ in edits)
+        if start is not None:
+            start = Resume(start.layer, start.resid.to(self.device, self.dtype), start.past)
+        context = backend.hooked(self._module, self._family, visitors, edited, start, self._results, grad)
+        with self._lock, nullcontext() if grad else torch.no_grad(), context:
+            self.forward_passes += 1
+            out = self._forward(tokens.to(self.device), logits, start)
+        return Forward(out, found)
+
+    def _forward(self, tokens: Tensor, logits: str, start: Resume | None) -> Tensor | None:
+        options: dict[str, Any] = {"use_cache": False}
+        n = tokens.shape[1] if start is None else start.resid.shape[1]
+        if start is not None or self._family.pos_embed:  # one row per sequence, as at every other hook point
+            position = torch.arange(tokens.shape[1] - n, tokens.shape[1], device=self.device)
+            options["position_ids"] = position.expand(len(tokens) if self._family.pos_embed else 1, -1)
+            tokens = tokens[:, -n:]
+        try:
+            if logits == "none":
+                self._module.base_model(tokens, **options)
+                return None
+            keep = 0 if logits == "all" else 1
+            return cast(Tensor, self._module(tokens, logits_to_keep=keep, **options).logits)
+        except backend.Stop:
+            return None
+
+    # ---- weights that analyses need ----
+
+    def head_results(self, layer: int, z: Float[Tensor, "*any head d_head"]) -> Float[Tensor, "*any head d_model"]:
+        """What each head writes to the residual stream, `z_h W_O^h`, without the bias (TransformerLens' `result`)."""
+        return torch.einsum("...hd,hdm->...hm", z, self.out_weight(layer))
+
+    def _results(self, layer: int, flat: Tensor) -> Tensor:
+        return self.head_results(layer, flat.unflatten(-1, (self.config.n_heads, self.config.d_head)))
+
+    def out_weight(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """W_O of one layer."""
+        projection = self._block(layer).get_submodule(self._family.out_proj)
+        weight = cast(Tensor, projection.weight)
+        rows = weight.T if isinstance(projection, nn.Linear) else weight  # GPT-2's Conv1D stores [in, out]
+        return cast(Tensor, rows.unflatten(0, (self.config.n_heads, self.config.d_head)))
+
+    def post_attention_norm(self, layer: int) -> nn.Module | None:
+        """The norm between the heads' sum and the residual stream, where the architecture has one (Gemma)."""
+        path, _ = self._family.hooks["hook_attn_out"]
+        return None if path == self._family.attn else self._block(layer).get_submodule(path)
+
+    def _block(self, layer: int) -> nn.Module:
+        return cast(nn.ModuleList, self._module.get_submodule(self._family.blocks))[layer]
+
+    @property
+    def unembed_weight(self) -> Float[Tensor, "d_model vocab"]:
+        return cast(Tensor, self._module.get_output_embeddings().weight).T
+
+    def final_norm(self, resid: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
+        with torch.no_grad():
+            return cast(Tensor, self._module.get_submodule(self._family.final_norm)(resid))
+
+    def unembed(self, resid: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any vocab"]:
+        """Logits from a residual stream: final norm, unembedding, and the soft cap where the model has one."""
+        logits = self.final_norm(resid.to(self.device, self.dtype)) @ self.unembed_weight
+        cap = self.config.final_softcap
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    # ---- checks ----
+
+    def self_check(self) -> dict[str, float]:
+        """Compare with plain Hugging Face, and the residual stream with the sum of what was written to it.
+
+        Raises UserError if logits differ by 1e-3 or more from the module's own eager forward (float32; 5 % of their
+        range in half precision), or if embedding + attention + MLP writes do not add up to the final residual stream.
+        """
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.config.d_vocab, (2, min(32, self.config.n_ctx)), generator=generator)
+        added = ("hook_embed", "hook_pos_embed", "hook_attn_out", "hook_mlp_out")
+        writes = [hook for hook in self.hook_points if hook.endswith(added)]
+        last = sites.block(self.config.n_layers - 1, "hook_resid_post")
+        ours = self.run(tokens, capture=[*writes, last])
+        with self._lock, torch.no_grad(), backend.plain_attention(self._module):
+            plain = self._module(tokens.to(self.device), use_cache=False).logits.float()
+        difference = float((cast(Tensor, ours.logits).float() - plain).abs().max())
+        total = sum(ours[hook].double() for hook in writes)
+        residue = float((total - ours[last].double()).norm() / ours[last].double().norm())
+        exact = self.dtype == torch.float32
+        limit = 1e-3 if exact else 0.05 * float(plain.abs().max())
+        if not difference < limit:
+            raise UserError(
+                f"{self.name}: logits differ from plain Hugging Face by {difference:.2g} (limit {limit:.2g}); "
+                "this model cannot be trusted here."
+            )
+        if not residue < (1e-4 if exact else 0.05):
+            raise UserError(
+                f"{self.name}: what the layers write does not add up to the residual stream (relative error "
+                f"{residue:.2g}); the row for {self.config.model_type!r} in workbench/architectures.py is wrong."
+            )
+        return {"max_logit_difference": difference, "residual_sum_error": residue}
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise UserError(f"tokens must have shape [batch, pos] with neither zero, not {tuple(tokens.shape)}.")
+        if tokens.shape[1] > self.config.n_ctx:
+            raise UserError(
+                f"the text has {tokens.shape[1]} tokens, but {self.name} reads at most {self.config.n_ctx}; shorten it."
+            )
+
+    def _check_site(self, site: Site, start: Resume | None) -> None:
+        if site.hook not in self.hook_points:
+            raise unknown(f"hook point of {self.name}", site.hook, self.hook_points)
+        layer, name = sites.split(site.hook)
+        if start is not None and (layer is None or layer < start.layer):
+            raise UserError(f"{site.hook} lies before block {start.layer}, where this run starts.")
+        if site.head is not None:
+            shared = name in ("attn.hook_k", "attn.hook_v", "attn.hook_rot_k")
+            n = self.config.n_kv_heads if shared else self.config.n_heads
+            if not 0 <= site.head < n:
+                raise UserError(f"{site.hook} has heads 0 to {n - 1}, not {site.head}.")
+
+
+def _visitor(
+    hook: str,
+    wanted: Mapping[str | Site, Site],
+    edits: Sequence[tuple[Site, Edit]],
+    found: dict[str | Site, Tensor],
+    stop: bool,
+    grad: bool,
+) -> Edit:
+    """What happens to the tensor at one hook point: edit, then copy out, then perhaps stop."""
+    keys = [key for key, site in wanted.items() if site.hook == hook]
+    changes = [(site, fn) for site, fn in edits if site.hook == hook]
+    whole = Site(hook)
+
+    def visit(x: Tensor) -> Tensor:
+        for site, fn in changes:
+            before = x if site == whole else sites.select(x, site)
+            after = fn(before)
+            if after.shape != before.shape:
+                raise UserError(
+                    f"the edit at {hook} returned shape {tuple(after.shape)}, not {tuple(before.shape)}; "
+                    "an edit must keep the shape."
+                )
+            x = after if site == whole else sites.assign(x, site, after)
+        for key in keys:
+            site = wanted[key]
+            if not grad:
+                found[key] = sites.select(x, site).clone(memory_format=torch.contiguous_format)
+            elif site == whole:
+                found[key] = x
+            else:  # put the part back, so that the graph runs through what the caller holds
+                found[key] = sites.select(x, site)
+                x = sites.assign(x, site, found[key])
+        if stop:
+            raise backend.Stop
+        return x
+
+    return visit

@@ -1,0 +1,263 @@
+"""Runs: recorded executions of an analysis on a model and a task.
+
+A run is keyed by everything that decides its result: the analysis and its version and parameters, the model's weights
+and numerics, the task and its version, how many prompts, and the seed. Asking again with the same key computes nothing.
+A run's folder holds `record.json` (key, result, task figures, environment, cost) and `arrays.safetensors`; it is
+written aside and renamed last, so a folder that exists is whole.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from workbench import pretrained, registry, results, settings
+from workbench.activations import ActivationStore
+from workbench.errors import UserError, unknown
+from workbench.metrics import top1
+from workbench.models import LanguageModel
+from workbench.prompts import Batch, sample
+
+log = logging.getLogger(__name__)
+RECORD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. `hit` tells whether it was there already; seconds and forward passes are those of *this* call."""
+
+    id: str
+    folder: Path
+    record: dict[str, Any]
+    hit: bool
+    seconds: float
+    forward_passes: int
+
+    @cached_property
+    def result(self) -> Any:
+        """The result object, an instance of the analysis' declared class."""
+        try:
+            arrays = load_file(self.folder / "arrays.safetensors")
+            declared = registry.get_analysis(self.record["key"]["analysis"]).result
+            return results.decode(declared, self.record["result"], arrays)
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise UserError(f"run {self.id} is damaged ({error}); delete {self.folder} and run it again.") from error
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The headline numbers."""
+        summary: dict[str, Any] = self.record["summary"]
+        return summary
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run": self.id,
+            "hit": self.hit,
+            "seconds": round(self.seconds, 3),
+            "forward_passes": self.forward_passes,
+            "key": self.record["key"],
+            "task": self.record["task"],
+            "result": self.summary,
+            "computed_in": self.record["cost"],
+            "folder": str(self.folder),
+        }
+
+
+def run(
+    analysis: str,
+    *,
+    model: str | LanguageModel,
+    task: str,
+    n: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str = "float32",
+    accept_terms: bool = False,
+    store: ActivationStore | None = None,
+    **parameters: Any,
+) -> Run:
+    """Run an analysis, or find that it was run before.
+
+    Raises UserError for unknown names and parameters, and for whatever the model, task or store refuse.
+    """
+    started = time.perf_counter()
+    chosen = registry.get_analysis(analysis)
+    bound = registry.bind(chosen, parameters)
+    chosen_task = registry.get_task(task)
+    n = chosen.n if n is None else n
+    if n < 1:
+        raise UserError(f"n={n} prompts cannot be drawn; ask for at least 1.")
+    root = settings.home() / "runs"
+
+    def key_of(fingerprint: str, numerics: str) -> dict[str, Any]:
+        return {
+            "analysis": analysis,
+            "analysis_version": chosen.version,
+            "parameters": bound,
+            "model": fingerprint,
+            "numerics": numerics,
+            "task": task,
+            "task_version": chosen_task.version,
+            "n": n,
+            "seed": seed,
+            "record_version": RECORD_VERSION,
+        }
+
+    if isinstance(model, str):  # a hit needs no weights in memory
+        fingerprint = pretrained.fingerprint(model)
+        numerics = f"{dtype}-sdpa-{torch.device(device or settings.device()).type}"
+        if fingerprint is not None:
+            id = _id(key_of(fingerprint, numerics))
+            if (root / id).is_dir():
+                return Run(id, root / id, _read(root / id), True, time.perf_counter() - started, 0)
+        model = LanguageModel.load(model, device=device, dtype=dtype, accept_terms=accept_terms)
+    key = key_of(model.fingerprint, model.numerics)
+    id = _id(key)
+    if (root / id).is_dir():
+        return Run(id, root / id, _read(root / id), True, time.perf_counter() - started, 0)
+    settings.writable_folder(root)
+    passes = model.forward_passes
+    store = store or ActivationStore()
+    batch = sample(chosen_task, model, n, seed)
+    figures = task_figures(model, batch, store)
+    log.info("%s on %s, %d %s prompts", analysis, model.name, n, task)
+    result = chosen.fn(model, batch, store, **bound)
+    seconds = time.perf_counter() - started
+    passes = model.forward_passes - passes
+    encoded, arrays = results.encode(result)
+    record = {
+        "id": id,
+        "key": key,
+        "model_name": model.name,
+        "command": command(analysis, model.name, task, n, seed, bound),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "task": figures,
+        "summary": result.summary(),
+        "cost": {"seconds": round(seconds, 3), "forward_passes": passes, "store": asdict(store.stats())},
+        "environment": environment(model),
+        "result": encoded,
+    }
+    _save(root / id, record, arrays)
+    return Run(id, root / id, record, False, seconds, passes)
+
+
+def task_figures(model: LanguageModel, batch: Batch, store: ActivationStore) -> dict[str, Any]:
+    """How well the model does the task, from the stored last residual stream: no result is read without it.
+
+    accuracy: share of prompts whose metric is above 0; top1: the right answer is the likeliest token of all.
+    """
+    last = model.hook_points[-1]
+    figures: dict[str, Any] = {"n": len(batch), "drawn": batch.drawn, "metric": batch.task.metric}
+    for side, sequences in (("clean", batch.clean), ("corrupted", batch.corrupted)):
+        resid = torch.stack([x[-1] for x in store.get(model, sequences, [last])[last]])
+        logits = model.unembed(resid).cpu()
+        score = batch.score(logits)
+        figures[f"{side}_mean"] = float(score.mean())
+        figures[f"{side}_std"] = float(score.std(correction=0))
+        if side == "clean":
+            figures["accuracy"] = float((score > 0).float().mean())
+            figures["top1"] = float(top1(logits, batch.answers).mean())
+    example = batch.prompts[0]
+    figures["example"] = {
+        "clean": example.clean,
+        "corrupted": example.corrupted,
+        "answers": model.token_strings(batch.answers[0].tolist()),
+        "wrong": model.token_strings(batch.wrong[0].tolist()),
+    }
+    return figures
+
+
+def all_runs() -> list[Run]:
+    """Every readable run, newest first."""
+    root = settings.home() / "runs"
+    found = []
+    for folder in root.glob("*/record.json") if root.is_dir() else ():
+        try:
+            found.append(Run(folder.parent.name, folder.parent, _read(folder.parent), True, 0.0, 0))
+        except UserError as error:
+            log.warning("%s", error)
+    return sorted(found, key=lambda run: run.record["created"], reverse=True)
+
+
+def get_run(id: str) -> Run:
+    """A run by id. Raises UserError for an unknown id or a damaged folder."""
+    root = settings.home() / "runs"
+    if not re.fullmatch(r"[a-z0-9_-]+", id) or not (root / id).is_dir():
+        raise unknown("run", id, [path.name for path in root.glob("[!.]*")] if root.is_dir() else [])
+    return Run(id, root / id, _read(root / id), True, 0.0, 0)
+
+
+def command(analysis: str, model: str, task: str, n: int, seed: int, parameters: Mapping[str, Any]) -> str:
+    """The command line that reproduces a run; parameters at their defaults are left out."""
+    defaults = registry.get_analysis(analysis).parameters
+    words = ["wb", "run", analysis, "--model", model, "--task", task, "--n", str(n), "--seed", str(seed)]
+    for name, value in parameters.items():
+        if value != defaults[name].default:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return " ".join(words)
+
+
+def environment(model: LanguageModel | None = None) -> dict[str, Any]:
+    """What a number may depend on beyond its key."""
+    names = ("mechinterp-workbench", "torch", "transformers", "numpy")
+    found: dict[str, Any] = {
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    if model is not None:
+        found |= {"device": str(model.device), "numerics": model.numerics}
+        if model.device.type == "cuda":
+            found["gpu"] = torch.cuda.get_device_name(model.device)
+    return found
+
+
+def _id(key: Mapping[str, Any]) -> str:
+    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=6).hexdigest()
+    return f"{key['analysis']}-{key['task']}-{digest}"
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads((folder / "record.json").read_text())
+        version = record["key"]["record_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"run {folder.name} is damaged ({error}); delete {folder} and run it again.") from error
+    if version != RECORD_VERSION:
+        raise UserError(f"run {folder.name} was written in format {version}; this version reads {RECORD_VERSION}.")
+    return record
+
+
+def _save(folder: Path, record: Mapping[str, Any], arrays: dict[str, torch.Tensor]) -> None:
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
+    try:
+        save_file(arrays, aside / "arrays.safetensors")
+        (aside / "record.json").write_text(json.dumps(record, indent=1))
+        os.chmod(aside, 0o755)
+        if not folder.is_dir():  # another process may have finished the same run; its numbers stay
+            os.rename(aside, folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the run could not be saved in {folder.parent} ({error}); free space and run it again."
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
