@@ -10,10 +10,11 @@ from app import widgets
 from workbench.errors import UserError
 
 st.set_page_config(page_title="Workbench", page_icon=str(Path(__file__).with_name("icon.svg")), layout="wide")
+# Not in a folder called pages: Streamlit would serve those files itself to whoever comes first after a start.
 page = st.navigation(
     [
-        st.Page("pages/runs.py", title="Runs", default=True),
-        st.Page("pages/run.py", title="Run", url_path="run", visibility="hidden"),
+        st.Page("views/runs.py", title="Runs", default=True),
+        st.Page("views/run.py", title="Run", url_path="run", visibility="hidden"),
     ],
     position="top",
 )
@@ -21,3 +22,5 @@ try:
     page.run()
 except UserError as error:  # whatever the packages refuse is a sentence here, as on the command line
     widgets.refusal(str(error))
+except OSError as error:
+    widgets.refusal(f"{error.strerror or error}: {error.filename or 'input/output'}; check space and permissions.")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 import streamlit as st
+from plotly.graph_objects import Figure
 
-from workbench import runs, settings
+from workbench import canvas, runs, settings
 from workbench.errors import UserError
 from workbench.runs import Run
 
@@ -21,15 +21,14 @@ BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, StopItera
 
 def refusal(sentence: str) -> None:
     """Say in one sentence what is wrong."""
+    sentence = sentence[:1].upper() + sentence[1:]
     with st.container(border=True, key="refusal"):
-        st.markdown(":material/error: **This cannot be shown.**")
         st.text(sentence if len(sentence) <= 600 else sentence[:600] + "…")
 
 
 def damaged(run: Run, error: Exception) -> UserError:
-    return UserError(
-        f"run {run.id} is damaged ({type(error).__name__}: {error}); delete {run.folder} and run it again."
-    )
+    why = f"{type(error).__name__}: {error}"
+    return UserError(f"run {run.id} is damaged ({why}); delete {run.folder} and run it again.")
 
 
 def listing() -> tuple[list[dict[str, Any]], list[str]]:
@@ -71,13 +70,17 @@ def _row(run: Run) -> dict[str, Any]:
 
 def _top_heads(summary: Mapping[str, Any]) -> str:
     if "top_heads" in summary:
-        return "   ".join(f"{name} {number(score)}" for name, score in summary["top_heads"][:3])
-    named = [f"{name} {item['head']}" for name, item in summary.items() if isinstance(item, dict) and "head" in item]
-    return "   ".join(named)
+        names, scores = zip(*summary["top_heads"][:3], strict=True)
+        return "   ".join(f"{name} {score}" for name, score in zip(names, canvas.numbers(scores), strict=True))
+    return "   ".join(item["head"] for item in summary.values() if isinstance(item, dict) and "head" in item)
 
 
 def plain(text: str) -> str:
-    """Text that reads the same when it is rendered as Markdown."""
+    """Text that reads the same when it is rendered as Markdown.
+
+    Escapes do not keep bare addresses from becoming links, nor :names: from becoming icons: an invisible word joiner does.
+    """
+    text = re.sub(r"(?<=[:@])(?=\S)|(?<=www)(?=\.)", "\u2060", text, flags=re.IGNORECASE)
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
 
 
@@ -88,9 +91,7 @@ def literal(text: str) -> str:
     return f"{fence} {shown} {fence}"
 
 
-def number(value: float, *, signed: bool = True) -> str:
-    """Three significant digits, and a true minus."""
-    if not math.isfinite(value):
-        return "–"
-    digits = 2 if abs(value) >= 1 or not value else min(6, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+def chart(figure: Figure, key: str) -> None:
+    dark = st.context.theme.type == "dark"
+    figure = canvas.written_in(figure, "#f2f4f6" if dark else "#1c2127")
+    st.plotly_chart(figure, key=key, config={"displaylogo": False, "modeBarButtons": [["toImage"]]})

@@ -12,9 +12,9 @@ for a head with many codes even if labels are shuffled. `mode="fixed"` repairs e
 
 - dictionary vectors (columns of D) have unit norm, and a row on which nothing fires has NONE for a code, which is not
   counted;
-- each head is centred and divided by one number, its own RMS. A latent can stay on only where the projection on it
-  exceeds lam * d_model / 2 (5.8 at d_model 576), so without this the score is the norm of a head: quiet heads say
-  nothing, and a loud one says its own mean on every prompt. Neither statistic sees a label;
+- all outputs are divided by one number, their RMS. A latent stays on only where the projection on it exceeds
+  lam * d_model / 2, so otherwise it is the unit of the activations that decides how much is silent. The score stays
+  entangled with the norm of a head: one much quieter than the average has no codes;
 - pairs of prompts that trained the SAE are not scored;
 - the score is (u_h - mean) / std over label swaps *within* pairs of clean and corrupted prompt. The two prompts of a
   pair share a template, so under the null only the members of a pair are exchangeable. Shuffling all labels would put
@@ -138,7 +138,7 @@ def sae_codes(
     permutations: int = 200,
     position: Literal["mean", "last"] = "mean",
     pairs: bool = False,
-    seed: int = 0,
+    sae_seed: int = 0,
 ) -> CodeScores:
     """Heads whose discrete SAE codes occur on clean prompts only. Correlational: it does not show that a head is used.
 
@@ -152,17 +152,17 @@ def sae_codes(
     permutations  label swaps that make the null distribution
     position      a head's output averaged over token positions, or at the last one
     pairs         also count code pairs of two heads that occur together on clean prompts only
-    seed          of training examples, initialisation and permutations
+    sae_seed      of training examples, initialisation and permutations
     """
     n = len(batch)
     if min(latents, examples, trials) < 1 or permutations < 2 or steps < 0:
         raise UserError("latents, examples and trials must be at least 1, permutations 2, and steps 0.")
     if mode == "fixed" and n <= (examples + 1) // 2:
         raise UserError(f"{n} pairs leave none to score after {examples} training examples; raise --n.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(sae_seed)
     x = head_outputs(model, store, [*batch.clean, *batch.corrupted], position)
     if mode == "fixed":
-        x = standardise(x)
+        x = rescale(x)
     settings = TrialSettings(mode, latents, examples, steps, lam, lr, permutations, pairs)
     runs = [trial(x, settings, generator) for _ in tqdm(range(trials), desc="sae-codes", leave=False, disable=None)]
     every = {key: torch.stack([run[key] for run in runs]).cpu() for key in runs[0]}
@@ -171,12 +171,12 @@ def sae_codes(
     null = f", z-scored against {permutations} label swaps within pairs" if mode == "fixed" else ""
     definition = (
         f"number of codes a head uses on clean and never on corrupted prompts{null}; {mode} mode, {latents} latents, "
-        f"{examples} training examples, {position} position, mean over {trials} SAEs from seed {seed}; not causal"
+        f"{examples} training examples, {position} position, mean over {trials} SAEs from seed {sae_seed}; not causal"
     )
     layers, heads = model.config.n_layers, model.config.n_heads
     nodes = tuple(scores.head(layer, head) for layer in range(layers) for head in range(heads))
     return CodeScores(
-        NodeScores(nodes, mean[which], definition, "codes" if mode == "paper" else "standard deviations"),
+        NodeScores(nodes, mean[which].clone(), definition, "codes" if mode == "paper" else "standard deviations"),
         raw=mean["raw"],
         normalised=mean["normalised"],
         z=mean["z"],
@@ -226,11 +226,9 @@ def head_outputs(
     return torch.cat(out)
 
 
-def standardise(x: Float[Tensor, "example head d_model"]) -> Float[Tensor, "example head d_model"]:
-    """Each head less its mean, divided by its RMS: mean square 1 per element, directions kept. Constant heads are 0."""
-    x = x - x.mean(0)
-    rms = x.square().mean((0, 2), keepdim=True).sqrt()
-    return x / rms.where(rms > 1e-6 * rms.max(), torch.inf)
+def rescale(x: Float[Tensor, "example head d_model"]) -> Float[Tensor, "example head d_model"]:
+    """All heads by the same factor, to mean square 1 per element."""
+    return x / x.square().mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def split(n: int, examples: int, mode: Mode, generator: Generator) -> tuple[Int[Tensor, " row"], Int[Tensor, " pair"]]:
@@ -274,7 +272,7 @@ def _normalise(unit: tuple[tuple[Tensor, int], ...]) -> None:
 
 
 def encode(sae: DiscreteSAE, x: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any latent"]:
-    return F.relu(x @ sae.encoder.T + (sae.encoder_bias - sae.encoder @ sae.bias))
+    return F.linear(x, sae.encoder, sae.encoder_bias - sae.encoder @ sae.bias).relu_()
 
 
 def decode(sae: DiscreteSAE, a: Float[Tensor, "*any latent"]) -> Float[Tensor, "*any d_model"]:
@@ -296,7 +294,7 @@ def gradients(
     """
     n, d = rows.shape
     a = encode(sae, rows)
-    firing, alive = a.any(1).nonzero()[:, 0], a.any(0).nonzero()[:, 0]
+    firing, alive = a.sum(1).nonzero()[:, 0], a.sum(0).nonzero()[:, 0]
     some, a = rows[firing], a[firing][:, alive]
     encoder, decoder = sae.encoder[alive], sae.decoder[:, alive]
     error = (torch.addmm(sae.bias - some, a, decoder.T)) * (2 / (n * d))

@@ -182,6 +182,8 @@ class AttentionResult:
     def summary(self) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for name, grid in self.classes.items():
+            if grid.isnan().all():  # no such key in any prompt
+                continue
             best = int(grid.nan_to_num(-1).argmax())
             layer, index = divmod(best, grid.shape[1])
             out[name] = {"head": scores.head(layer, index), "attention": round(float(grid[layer, index]), 4)}

@@ -33,7 +33,7 @@ from workbench import pretrained, registry, results, settings
 from workbench.activations import ActivationStore
 from workbench.errors import UserError, unknown
 from workbench.metrics import top1
-from workbench.models import LanguageModel
+from workbench.models import LanguageModel, numerics
 from workbench.prompts import Batch, sample
 
 log = logging.getLogger(__name__)
@@ -107,13 +107,13 @@ def run(
         raise UserError(f"n={n} prompts cannot be drawn; ask for at least 1.")
     root = settings.home() / "runs"
 
-    def key_of(fingerprint: str, numerics: str) -> dict[str, Any]:
+    def key_of(fingerprint: str, how: str) -> dict[str, Any]:
         return {
             "analysis": analysis,
             "analysis_version": chosen.version,
             "parameters": bound,
             "model": fingerprint,
-            "numerics": numerics,
+            "numerics": how,
             "task": task,
             "task_version": chosen_task.version,
             "n": n,
@@ -123,9 +123,8 @@ def run(
 
     if isinstance(model, str):  # a hit needs no weights in memory
         fingerprint = pretrained.fingerprint(model)
-        numerics = f"{dtype}-sdpa-{torch.device(device or settings.device()).type}"
         if fingerprint is not None:
-            id = _id(key_of(fingerprint, numerics))
+            id = _id(key_of(fingerprint, numerics(dtype, device or settings.device())))
             if (root / id).is_dir():
                 return Run(id, root / id, _read(root / id), True, time.perf_counter() - started, 0)
         model = LanguageModel.load(model, device=device, dtype=dtype, accept_terms=accept_terms)

@@ -9,13 +9,12 @@ from typing import Any
 import streamlit as st
 
 from app import widgets
-from workbench import plots, registry, runs
+from workbench import canvas, plots, registry, runs
 from workbench.errors import UserError
 from workbench.lenses import AttentionResult, LensResult
 from workbench.runs import Run
-from workbench.scores import NodeScores
+from workbench.scores import NodeScores, head
 
-CHART: dict[str, Any] = {"displaylogo": False, "modeBarButtons": [["toImage"]]}
 SHOWN_ELSEWHERE = {"top_heads", "definition", "unit", "n_nodes", "metric_by_layer", "top_heads_std"}
 
 
@@ -24,24 +23,21 @@ def show(run: Run) -> None:
     scores = plots.node_scores(result)
     heading(run)
     strip(run)
-    st.plotly_chart(plots.figure(result), key="figure", config=CHART)
+    widgets.chart(plots.figure(result), key="figure")
     definition(run)
     if isinstance(result, LensResult):
-        st.subheader("What the lens reads in the example")
-        st.plotly_chart(plots.token_map(result), key="tokens", config=CHART)
+        st.subheader("What the lens reads in the example", anchor=False)
+        widgets.chart(plots.token_map(result), key="tokens")
     if isinstance(result, AttentionResult):
         pattern(run, result)
-    if scores is None:
-        example(run)
-        further(run)
-    else:
-        left, right = st.columns([9, 11], gap="large")
+    left, right = st.columns([9, 11], gap="large") if scores else (st.container(), st.container())
+    if scores:
         with left:
             nodes(scores)
-        with right:
-            example(run)
-            further(run)
-    st.subheader("Run it again")
+    with right:
+        example(run)
+        further(run)
+    st.subheader("Run it again", anchor=False)
     st.code(run.record["command"], language="bash", wrap_lines=True)
     provenance(run)
 
@@ -49,10 +45,12 @@ def show(run: Run) -> None:
 def heading(run: Run) -> None:
     key = run.record["key"]
     parts = [run.record["model_name"], key["task"], f"{key['n']} prompts", f"seed {key['seed']}"]
-    parts += [f"{name} {value}" for name, value in key["parameters"].items()]
+    defaults = {p.name: p.default for p in registry.get_analysis(key["analysis"]).parameters.values()}
+    parts += [f"{name} {value}" for name, value in key["parameters"].items() if value != defaults.get(name)]
     parts.append(f"{datetime.fromisoformat(run.record['created']):%-d %b %Y, %H:%M} UTC")
-    st.title(widgets.plain(key["analysis"]), anchor=False)
-    st.caption(" · ".join(widgets.plain(str(part)) for part in parts))
+    with st.container(gap=None):
+        st.title(widgets.plain(key["analysis"]), anchor=False)
+        st.caption(" · ".join(widgets.plain(str(part)) for part in parts))
 
 
 def strip(run: Run) -> None:
@@ -78,8 +76,8 @@ def strip(run: Run) -> None:
 
 
 def definition(run: Run) -> None:
-    text = run.summary.get("definition") or registry.get_analysis(run.record["key"]["analysis"]).about
-    st.markdown(f"**What the number is.** {widgets.plain(str(text)[:1].upper() + str(text)[1:]).removesuffix('.')}.")
+    text = plots.definition(run.result) or registry.get_analysis(run.record["key"]["analysis"]).about
+    st.markdown(f"**The number:** {widgets.plain(text.removesuffix('.'))}.")
 
 
 def nodes(scores: NodeScores) -> None:
@@ -89,9 +87,9 @@ def nodes(scores: NodeScores) -> None:
     for column, (title, rows) in zip(st.columns(len(tables)), tables, strict=True):
         with column:
             st.subheader(title, anchor=False)
-            cells = {"node": [row.node for row in rows], "score": [widgets.number(row.score) for row in rows]}
+            cells = {"node": [row.node for row in rows], "score": canvas.numbers([row.score for row in rows])}
             if rows[0].error is not None:
-                cells["s.e."] = [widgets.number(row.error or 0.0, signed=False) for row in rows]
+                cells["s.e."] = canvas.numbers([row.error or 0.0 for row in rows], signed=False)
             st.table(cells, border="horizontal", hide_index=True)
 
 
@@ -121,11 +119,11 @@ def further(run: Run) -> None:
 def pattern(run: Run, result: AttentionResult) -> None:
     st.subheader("Where one head looks in the example", anchor=False)
     n_layers, n_heads = result.patterns.shape[:2]
-    names = [plots.head(layer, h) for layer in range(n_layers) for h in range(n_heads)]
+    names = [head(layer, h) for layer in range(n_layers) for h in range(n_heads)]
     best = run.summary.get("induction", {}).get("head")
     at = names.index(best) if best in names else 0
     name = st.selectbox("head", names, index=at, key="head", width=160)
-    st.plotly_chart(plots.pattern_figure(result, name), key="pattern", config=CHART)
+    widgets.chart(plots.pattern_figure(result, name), key="pattern")
 
 
 def provenance(run: Run) -> None:
@@ -167,14 +165,15 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str
         elif isinstance(value, float):
             yield f"{prefix}{name}", f"{value:.4g}"
         else:
-            yield f"{prefix}{name}", f"{value:,}" if isinstance(value, int) and name != "seed" else str(value)
+            yield f"{prefix}{name}", f"{value:,}" if type(value) is int and name != "seed" else str(value)
 
 
-st.page_link("pages/runs.py", label="All runs", icon=":material/arrow_back:")
+st.page_link("views/runs.py", label="All runs", icon=":material/arrow_back:")
 chosen = st.query_params.get("run", "")
 if not chosen:
     raise UserError("no run is chosen; pick one from the list of all runs.")
 run = runs.get_run(chosen)
+st.set_page_config(page_title=f"{run.id} · Workbench")
 try:
     show(run)
 except UserError:

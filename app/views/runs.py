@@ -8,7 +8,7 @@ import streamlit as st
 
 from app import widgets
 
-st.title("Runs")
+st.title("Runs", anchor=False)
 rows, unreadable = widgets.listing()
 
 
@@ -40,19 +40,19 @@ def table(shown: list[dict[str, Any]]) -> None:
         on_select="rerun",
         selection_mode="single-cell",
         column_config={
-            "analysis": st.column_config.TextColumn(width=190),
-            "model": st.column_config.TextColumn(width=150),
-            "task": st.column_config.TextColumn(width=120),
-            "n": st.column_config.NumberColumn("prompts", width=80),
-            "accuracy": st.column_config.NumberColumn(format="percent", width=90),
-            "top heads": st.column_config.TextColumn(width=330),
-            "seconds": st.column_config.NumberColumn(format="%.1f", width=90),
+            "analysis": st.column_config.TextColumn(width=175),
+            "model": st.column_config.TextColumn(width=125),
+            "task": st.column_config.TextColumn(width=115),
+            "n": st.column_config.NumberColumn("prompts", width=75),
+            "accuracy": st.column_config.NumberColumn(format="percent", width=85),
+            "top heads": st.column_config.TextColumn(width=300),
+            "seconds": st.column_config.NumberColumn(format="%.1f", width=80),
             "created": st.column_config.DatetimeColumn("created (UTC)", format="D MMM YYYY, HH:mm", width=160),
         },
     )
     if event.selection.cells:
         row, _ = event.selection.cells[0]
-        st.switch_page("pages/run.py", query_params={"run": shown[row]["run"]})
+        st.switch_page("views/run.py", query_params={"run": shown[row]["run"]})
 
 
 if rows:

@@ -1,0 +1,181 @@
+"""The app in a real browser: open the list, click a run, read it, and come back by its address alone.
+
+Screenshots, light and dark, go to $WORKBENCH_SCREENSHOTS, or else to pytest's temporary folder.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_app import HOSTILE, MAIN, save
+from tests.test_plots import attention_result, lens_result, node_scores
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[dev]'")
+CHROMIUM = Path("/usr/bin/chromium")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium: apt-get install chromium"),
+]
+SIZE = {"width": 1280, "height": 800}
+# Below a page's own address Streamlit first asks for its two start-up files there, and then at the root.
+EXPECTED = ("/_stcore/health", "/_stcore/host-config")
+
+
+@pytest.fixture
+def url(home: Path, tmp_path: Path) -> Iterator[str]:
+    """The server, started as `wb app` starts it but on a free port, from another working directory."""
+    home.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "streamlit", "run", str(MAIN), "--server.headless", "true"]
+    log = tmp_path / "server.log"
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            [*command, "--server.port", str(port)], cwd=tmp_path, env=os.environ.copy(), stdout=out, stderr=out
+        )
+        try:
+            wait_for(f"http://127.0.0.1:{port}/_stcore/health", server, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
+def wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(240):
+        assert server.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.25)
+    pytest.fail(f"the server did not answer: {log.read_text()}")
+
+
+class Visitor:
+    """A page of a browser, and whatever it complained about, ran from a record, or asked of other machines."""
+
+    def __init__(self, page: Any, url: str, scheme: str = "light"):
+        self.page = page
+        self.scheme = scheme
+        self.complaints: list[str] = []
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("dialog", lambda dialog: self.complaints.append(f"a script ran: {dialog.message}"))
+        page.on("console", self._console)
+        page.on("request", lambda request: self._request(request.url, url))
+
+    def _console(self, message: Any) -> None:
+        if message.type == "error" and not message.location.get("url", "").endswith(EXPECTED):
+            self.complaints.append(f"{message.text} {message.location}")
+
+    def _request(self, wanted: str, own: str) -> None:
+        if not wanted.startswith((own, own.replace("http", "ws"), "data:", "blob:")):
+            self.complaints.append(f"asked for {wanted}")
+
+    def is_content(self) -> None:
+        assert self.page.locator("[data-testid=stException]").count() == 0
+        assert self.complaints == []
+
+
+@pytest.fixture(params=["light", "dark"])
+def visitor(request: pytest.FixtureRequest, url: str) -> Iterator[Visitor]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=str(CHROMIUM), args=["--no-sandbox"] if os.geteuid() == 0 else []
+        )
+        context = browser.new_context(viewport=SIZE, color_scheme=request.param)
+        context.set_default_timeout(90_000)
+        yield Visitor(context.new_page(), url, request.param)
+        browser.close()
+
+
+def screenshot(visitor: Visitor, name: str, tmp_path: Path) -> None:
+    folder = Path(os.environ.get("WORKBENCH_SCREENSHOTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    visitor.page.wait_for_timeout(800)  # transitions
+    visitor.page.screenshot(path=str(folder / f"{name}-{visitor.scheme}.png"))
+
+
+def test_from_the_list_to_a_run_and_back_by_its_address(url: str, visitor: Visitor, tmp_path: Path) -> None:
+    save(lens_result(), "logit-lens", seed=1)
+    save(attention_result(), "attention-patterns", seed=2)
+    scores = node_scores(n_layers=12, n_heads=12)
+    id = save(scores, seed=3)
+    page = visitor.page
+
+    page.goto(url)
+    table = page.get_by_test_id("stDataFrame")
+    table.wait_for()
+    page.get_by_text("3 of 3 runs").wait_for()
+    screenshot(visitor, "runs", tmp_path)
+    table.click(position={"x": 60, "y": 54})  # the first row, drawn on a canvas: the newest run
+
+    page.wait_for_url(f"**/run?run={id}")
+    assert_shows(page, scores)
+    screenshot(visitor, "run", tmp_path)
+    visitor.is_content()
+
+    fresh = Visitor(page.context.browser.new_context(viewport=SIZE).new_page(), url)
+    fresh.page.goto(f"{url}/run?run={id}")
+    assert_shows(fresh.page, scores)
+    fresh.is_content()
+
+    page.get_by_text("All runs").click()
+    page.get_by_text("3 of 3 runs").wait_for()
+    assert "run=" not in page.url
+    visitor.is_content()
+
+
+def assert_shows(page: Any, scores: Any) -> None:
+    """The heat map is drawn, and the numbers are those of the result."""
+    page.locator(".js-plotly-plot .heatmaplayer image").first.wait_for(timeout=90_000)
+    best, score = scores.top(1)[0]
+    command = "wb run patching --model tiny --task ioi --n 5 --seed 3"
+    for part in ("80%", "3.25 ± 0.50", best, f"{abs(score):.2f}", "loss of the metric", "Mary and John went", command):
+        playwright.expect(page.get_by_test_id("stMain")).to_contain_text(part, timeout=30_000)
+    written = page.locator(".js-plotly-plot .annotation-text").all_text_contents()
+    assert sorted(text[0] for text in written) == sorted("+" if score > 0 else "−" for _, score in scores.top(10))
+
+
+def test_the_first_page_after_a_start_may_be_any(url: str, visitor: Visitor, tmp_path: Path) -> None:
+    """A hostile address, as the very first: one sentence, nothing executed, and a link that leads on."""
+    page = visitor.page
+    page.goto(f"{url}/run?run=%3Cscript%3Edocument.title%3D1%3C%2Fscript%3E")
+    page.get_by_text("No run is called '<script>document.title=1</script>'").wait_for()
+    assert page.title() == "Workbench"
+    screenshot(visitor, "unknown", tmp_path)
+    page.get_by_text("All runs").click()
+    page.get_by_text("No runs yet.").wait_for()
+    screenshot(visitor, "empty", tmp_path)
+    visitor.is_content()
+
+
+def test_the_other_results_are_drawn_too(url: str, visitor: Visitor, tmp_path: Path) -> None:
+    page = visitor.page
+    for result, analysis in ((lens_result(12), "logit-lens"), (attention_result(12, 12), "attention-patterns")):
+        id = save(result, analysis)
+        page.goto(f"{url}/run?run={id}")
+        page.locator(".js-plotly-plot .heatmaplayer image").first.wait_for()
+        screenshot(visitor, analysis, tmp_path)
+        visitor.is_content()
+
+
+def test_text_of_a_run_is_shown_and_never_run(url: str, visitor: Visitor) -> None:
+    page = visitor.page
+    id = save(lens_result(tokens=(HOSTILE, "<b>", "x")), "logit-lens", model_name=HOSTILE, command=HOSTILE)
+    page.goto(f"{url}/run?run={id}")
+    page.locator(".js-plotly-plot .heatmaplayer image").first.wait_for()
+    playwright.expect(page.get_by_test_id("stMain")).to_contain_text("<script>alert(1)</script>")
+    assert page.locator("[data-testid=stMain] :is(script, img[src=x], a[href*=evil])").count() == 0
+    visitor.is_content()

@@ -1,0 +1,344 @@
+"""Each page of the app, on real run folders: what it shows, and that nothing on disk or in the address breaks it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import streamlit as st
+import torch
+from streamlit.testing.v1 import AppTest
+
+from tests.test_plots import attention_result, lens_result, node_scores
+from workbench import registry, results, runs, settings
+
+MAIN = Path(__file__).parents[1] / "app" / "main.py"
+HOSTILE = (
+    "<script>alert(1)</script> <img src=x onerror=alert(2)> $x$ `code` [a](http://evil.example) :red[b] **c**"
+    "\n  www.evil.example me@evil.example :smile: :material/delete:"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_cache_between_tests() -> Iterator[None]:
+    st.cache_data.clear()
+    yield
+    st.cache_data.clear()
+
+
+def save(result: Any, analysis: str = "patching", task_name: str = "ioi", seed: int = 0, **changes: Any) -> str:
+    """A run folder written by the code that writes every run, for a result that cost no model."""
+    key = {
+        "analysis": analysis,
+        "analysis_version": 1,
+        "parameters": {"direction": "noise"},
+        "model": "f00d",
+        "numerics": "float32-sdpa-cpu",
+        "task": task_name,
+        "task_version": 1,
+        "n": 5,
+        "seed": seed,
+        "record_version": runs.RECORD_VERSION,
+    }
+    id = runs._id(key)
+    encoded, arrays = results.encode(result)
+    record = {
+        "id": id,
+        "key": key,
+        "model_name": "tiny",
+        "command": f"wb run {analysis} --model tiny --task {task_name} --n 5 --seed {seed}",
+        "created": f"2026-09-27T12:{seed:02}:00+00:00",
+        "task": {
+            "n": 5,
+            "drawn": 6,
+            "metric": "logit_diff",
+            "clean_mean": 3.25,
+            "clean_std": 0.5,
+            "corrupted_mean": -1.0,
+            "corrupted_std": 0.25,
+            "accuracy": 0.8,
+            "top1": 0.6,
+            "example": {
+                "clean": "When Mary and John went",
+                "corrupted": "When Mary and Ann went",
+                "answers": [" John"],
+                "wrong": [" Mary"],
+            },
+        },
+        "summary": result.summary(),
+        "cost": {"seconds": 1.25, "forward_passes": 7, "store": {"disk_bytes": 2_500_000}},
+        "environment": {"versions": {"torch": "2.13.0"}, "threads": 1},
+        "result": encoded,
+    }
+    root = settings.home() / "runs"
+    root.mkdir(exist_ok=True)
+    runs._save(root / id, record | changes, arrays)
+    return id
+
+
+def folder(id: str) -> Path:
+    return settings.home() / "runs" / id
+
+
+def edit(id: str, **changes: Any) -> None:
+    path = folder(id) / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def runs_page(**query: str) -> AppTest:
+    app = AppTest.from_file(str(MAIN), default_timeout=60)
+    for name, value in query.items():
+        app.query_params[name] = value
+    return app.run()
+
+
+def run_page(id: str | None) -> AppTest:
+    app = AppTest.from_file(str(MAIN), default_timeout=60).run()
+    app.switch_page("views/run.py")
+    if id is not None:
+        app.query_params["run"] = id
+    app.run()
+    assert not app.exception, app.exception[0].message
+    return app
+
+
+def text(app: AppTest) -> str:
+    """Everything a page says."""
+    kinds = (app.title, app.subheader, app.caption, app.markdown, app.text, app.code, app.info)
+    return "\n".join(str(element.value) for kind in kinds for element in kind)
+
+
+def refusal(app: AppTest) -> str:
+    """The one sentence of a page that has nothing else to show, and its way back."""
+    assert not app.exception
+    assert not app.metric
+    (sentence,) = app.text
+    assert [link.label for link in app.page_link] == ["All runs"]
+    return str(sentence.value)
+
+
+def test_streamlit_serves_no_page_of_its_own() -> None:
+    """With a folder called pages, the first page after a start would be shown without main.py around it."""
+    assert not (MAIN.parent / "pages").exists()
+
+
+# ---- all runs ----
+
+
+def test_without_runs_the_page_says_what_to_do() -> None:
+    app = runs_page()
+    assert not app.exception
+    assert not app.dataframe
+    assert [code.value for code in app.code] == ["make demo", "wb run patching --task ioi"]
+
+
+def test_runs_are_listed_newest_first_with_their_figures() -> None:
+    save(node_scores(), seed=1)
+    save(lens_result(), "logit-lens", seed=3)
+    save(attention_result(), "attention-patterns", task_name="induction", seed=2)
+    app = runs_page()
+    assert not app.exception
+    table = app.dataframe[0].value
+    assert list(table["analysis"]) == ["logit-lens", "attention-patterns", "patching"]
+    newest = table.iloc[2]
+    assert (newest["model"], newest["task"], newest["n"], newest["accuracy"]) == ("tiny", "ioi", 5, 0.8)
+    best, score = node_scores().top(1)[0]
+    assert newest["top heads"].startswith(f"{best} {'−' if score < 0 else '+'}{abs(score):.2f}"[:8])
+
+
+def test_filters_narrow_the_list_and_can_be_addressed() -> None:
+    for seed in range(3):
+        save(node_scores(), seed=seed)
+    save(lens_result(), "logit-lens", task_name="induction")
+    app = runs_page(task="induction")
+    assert list(app.dataframe[0].value["analysis"]) == ["logit-lens"]
+    app.multiselect("task").set_value([]).run()
+    app.multiselect("analysis").set_value(["patching"]).run()
+    assert len(app.dataframe[0].value) == 3
+    app.multiselect("task").set_value(["induction"]).run()
+    assert not app.dataframe
+    assert "No run matches" in text(app)
+
+
+def test_many_runs_are_read_once() -> None:
+    for seed in range(60):
+        save(node_scores(), seed=seed, created=f"2026-09-27T12:{seed:02}:00+00:00")
+    app = runs_page()
+    shutil.rmtree(folder(runs.all_runs()[0].id))  # a change is seen
+    app.run()
+    assert len(app.dataframe[0].value) == 59
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_text(path.read_text()[:50]),
+    "not a record": lambda path: path.write_text("[]"),
+    "of the future": lambda path: path.write_text('{"key": {"record_version": 99}}'),
+    "without figures": lambda path: path.write_text(json.dumps({"key": {"record_version": runs.RECORD_VERSION}})),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_run_is_a_sentence_on_both_pages(damage: str) -> None:
+    good, bad = save(node_scores(), seed=1), save(node_scores(), seed=2)
+    DAMAGE[damage](folder(bad) / "record.json")
+    app = runs_page()
+    assert not app.exception
+    assert len(app.dataframe[0].value) == 1
+    (sentence,) = app.text
+    assert bad in sentence.value and good not in sentence.value
+    assert "99" in sentence.value if damage == "of the future" else "damaged" in sentence.value
+    assert bad in refusal(run_page(bad))
+
+
+def test_only_damaged_runs_are_not_an_empty_page() -> None:
+    id = save(node_scores())
+    (folder(id) / "record.json").write_text("")
+    app = runs_page()
+    assert "damaged" in app.text[0].value
+    assert not app.exception
+
+
+def test_an_interrupted_write_is_not_a_run() -> None:
+    save(node_scores())
+    shutil.copytree(next((settings.home() / "runs").iterdir()), settings.home() / "runs" / ".writing-abc")
+    app = runs_page()
+    assert len(app.dataframe[0].value) == 1
+    assert not app.text
+
+
+# ---- one run ----
+
+
+def test_a_run_shows_its_figures_its_definition_and_its_command() -> None:
+    scores = node_scores()
+    app = run_page(save(scores))
+    assert app.title[0].value == "patching"
+    figures = {metric.label.replace("\\", ""): metric.value for metric in app.metric}
+    assert figures == {
+        "accuracy": "80%",
+        "top-1": "60%",
+        "logit_diff, clean": "3.25 ± 0.50",
+        "logit_diff, corrupted": "−1.00 ± 0.25",
+        "seconds": "1.2",
+        "forward passes": "7",
+    }
+    assert "loss of the metric" in text(app)
+    shown = [code.value for code in app.code]
+    assert shown[:2] == ["When Mary and John went", "When Mary and Ann went"]
+    assert "wb run patching --model tiny --task ioi --n 5 --seed 0" in shown
+    assert len(app.get("plotly_chart")) == 1
+    heads, mlps = app.table[0].value, app.table[1].value
+    assert list(heads["node"]) == [name for name, _ in scores.top(10)]
+    assert list(heads.columns) == ["node", "score", "s.e."]
+    assert set(mlps["node"]) == set(scores.mlps())
+
+
+def test_scores_without_prompts_have_no_error_column() -> None:
+    app = run_page(save(node_scores(prompts=None, mlps=False)))
+    assert list(app.table[0].value.columns) == ["node", "score"]
+    assert [header.value for header in app.subheader if header.value == "MLPs"] == []
+
+
+def test_the_lens_and_attention_have_their_own_figures() -> None:
+    lens = run_page(save(lens_result(), "logit-lens"))
+    assert len(lens.get("plotly_chart")) == 2
+    assert "unembedding" in text(lens)
+    attention = run_page(save(attention_result(), "attention-patterns"))
+    assert len(attention.get("plotly_chart")) == 2
+    attention.selectbox("head").set_value("a2.h3").run()
+    assert not attention.exception
+
+
+@pytest.mark.parametrize("analysis", registry.analyses())
+def test_every_analysis_can_be_shown(analysis: str) -> None:
+    """Whatever the result's class, the page never breaks: it draws it or says why not."""
+    run_page(save(node_scores(), analysis))
+
+
+def test_provenance_names_what_decides_the_number() -> None:
+    app = run_page(save(node_scores()))
+    cells = {value.replace("\\", "") for table in app.table for value in table.value.astype(str).to_numpy().ravel()}
+    assert {"numerics", "float32-sdpa-cpu", "versions torch", "2.13.0", "store disk_bytes", "2.5 MB"} <= cells
+
+
+@pytest.mark.parametrize("id", ["../../x", "<script>alert(1)</script>", "no-such-run", "\x00", "runs/..", "%2e%2e"])
+def test_an_unknown_run_is_one_sentence_and_a_way_back(id: str) -> None:
+    save(node_scores())
+    sentence = refusal(run_page(id))
+    assert sentence.startswith("No run is called")
+    assert len(sentence) < 1000
+
+
+def test_a_name_longer_than_names_can_be_is_a_sentence() -> None:
+    assert len(refusal(run_page("x" * 10_000))) < 1000
+
+
+def test_no_run_chosen_is_a_sentence() -> None:
+    assert refusal(run_page(None)) == "No run is chosen; pick one from the list of all runs."
+
+
+def test_damaged_arrays_are_a_sentence() -> None:
+    id = save(node_scores())
+    (folder(id) / "arrays.safetensors").write_bytes(b"not tensors")
+    assert "damaged" in refusal(run_page(id))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task": None},
+        {"cost": {}},
+        {"result": 3},
+        {"result": {"nodes": ["a0.h0"]}},
+        {"created": "yesterday"},
+        {"summary": []},
+    ],
+)
+def test_a_record_changed_by_hand_never_breaks_a_page(changes: dict[str, Any]) -> None:
+    id = save(node_scores())
+    edit(id, **changes)
+    app = run_page(id)
+    assert "damaged" in text(app)
+    assert not runs_page().exception
+
+
+def test_an_analysis_that_is_no_longer_installed_is_a_sentence() -> None:
+    id = save(node_scores())
+    edit(id, key=json.loads((folder(id) / "record.json").read_text())["key"] | {"analysis": "gone"})
+    assert "'gone'" in refusal(run_page(id))
+
+
+def test_text_from_a_run_is_never_markup() -> None:
+    example = {"clean": HOSTILE, "corrupted": HOSTILE, "answers": [HOSTILE, "```"], "wrong": ["`"]}
+    task = {"n": 1, "metric": HOSTILE, "accuracy": 1.0, "top1": 1.0, "example": example}
+    task |= {f"{side}_{part}": 0.0 for side in ("clean", "corrupted") for part in ("mean", "std")}
+    scores = node_scores()
+    spoilt = type(scores)(scores.nodes, scores.scores, HOSTILE, HOSTILE, headline={HOSTILE: HOSTILE})
+    id = save(spoilt, model_name=HOSTILE, task=task, environment={HOSTILE: HOSTILE}, command=HOSTILE)
+    app = run_page(id)
+    assert app.code[0].value == HOSTILE and app.code[0].language in ("", None, "plaintext")
+    for element in (*app.markdown, *app.caption, *app.title):
+        assert not getattr(element.proto, "allow_html", False)
+        outside_code = element.value.split("right: ")[0]
+        assert "<script>" not in outside_code  # every sign of markup is escaped: \<script\>
+    assert not runs_page().exception
+
+
+def test_an_unwritable_home_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path / "file" / "home"))
+    app = runs_page()
+    assert not app.exception
+    assert "WORKBENCH_HOME" in app.text[0].value
+
+
+def test_opening_a_run_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workbench.models.LanguageModel.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    before = torch.is_grad_enabled()
+    run_page(save(node_scores()))
+    assert torch.is_grad_enabled() == before
