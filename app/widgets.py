@@ -40,16 +40,13 @@ def listing() -> tuple[list[dict[str, Any]], list[str]]:
 
 @st.cache_data(max_entries=2, show_spinner=False)
 def _listing(root: str, changed: int) -> tuple[list[dict[str, Any]], list[str]]:
-    rows, sentences = [], []
-    for folder in (settings.home() / "runs").glob("[!.]*"):
+    found, sentences = runs.all_runs()
+    rows = []
+    for run in found:
         try:
-            run = runs.get_run(folder.name)
-            try:
-                rows.append(_row(run))
-            except BROKEN as error:
-                raise damaged(run, error) from error
-        except UserError as error:
-            sentences.append(str(error))
+            rows.append(_row(run))
+        except BROKEN as error:
+            sentences.append(str(damaged(run, error)))
     return sorted(rows, key=lambda row: row["created"], reverse=True), sorted(sentences)
 
 
@@ -78,7 +75,8 @@ def _top_heads(summary: Mapping[str, Any]) -> str:
 def plain(text: str) -> str:
     """Text that reads the same when it is rendered as Markdown.
 
-    Escapes do not keep bare addresses from becoming links, nor :names: from becoming icons: an invisible word joiner does.
+    Escapes do not keep bare addresses from becoming links, nor :names: from becoming icons; a word joiner, which is
+    not seen, does.
     """
     text = re.sub(r"(?<=[:@])(?=\S)|(?<=www)(?=\.)", "\u2060", text, flags=re.IGNORECASE)
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)

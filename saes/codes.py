@@ -23,6 +23,9 @@ for a head with many codes even if labels are shuffled. `mode="fixed"` repairs e
 The score is not causal. It says that what a head writes differs between clean and corrupted prompts, never that the
 model uses it; and where corrupted prompts vary less (greater-than's all end in 01), every head that reads the varying
 token is scored, for which no permutation is a remedy. Hold it to exact patching before calling the top heads a circuit.
+On SmolLM2-135M (ioi, greater-than) the ten heads that matter most by exact patching are found with an AUC of .83 and
+.78 in fixed mode and .83 and .86 in paper mode, but .85 and .91 or .95 and .89 with a *random* SAE (steps=0), and .90
+and .93 by the plain norm of the mean difference between clean and corrupted: training is not what finds them.
 """
 
 from __future__ import annotations
@@ -116,9 +119,9 @@ class CodeScores:
             "mean_fvu": round(float(self.fvu.mean()), 4),
         }
         if self.pairs is not None:
-            best = self.pairs.triu(1).flatten().topk(min(10, len(names) * (len(names) - 1) // 2))
-            at = [divmod(int(i), len(names)) for i in best.indices]
-            out["top_pairs"] = [[names[i], names[j], round(float(self.pairs[i, j]), 3)] for i, j in at]
+            best = self.pairs.triu(1).flatten().sort(descending=True, stable=True)
+            ends = [(names[i // len(names)], names[i % len(names)]) for i in best.indices[:10].tolist()]
+            out["top_pairs"] = [[*pair, round(u, 3)] for pair, u in zip(ends, best.values.tolist(), strict=False)]
         return out
 
 
@@ -165,8 +168,8 @@ def sae_codes(
         x = rescale(x)
     settings = TrialSettings(mode, latents, examples, steps, lam, lr, permutations, pairs)
     runs = [trial(x, settings, generator) for _ in tqdm(range(trials), desc="sae-codes", leave=False, disable=None)]
-    every = {key: torch.stack([run[key] for run in runs]).cpu() for key in runs[0]}
-    mean = {key: value.mean(0).float() for key, value in every.items()}
+    every = {key: torch.stack([run[key] for run in runs]).float().cpu() for key in runs[0]}
+    mean = {key: value.mean(0) for key, value in every.items()}
     which = "raw" if mode == "paper" else "z"
     null = f", z-scored against {permutations} label swaps within pairs" if mode == "fixed" else ""
     definition = (
@@ -177,15 +180,11 @@ def sae_codes(
     nodes = tuple(scores.head(layer, head) for layer in range(layers) for head in range(heads))
     return CodeScores(
         NodeScores(nodes, mean[which].clone(), definition, "codes" if mode == "paper" else "standard deviations"),
-        raw=mean["raw"],
-        normalised=mean["normalised"],
-        z=mean["z"],
-        std=every[which].std(0, correction=0).float(),
-        codes_used=mean["codes_used"],
-        none=mean["none"],
+        **{key: mean[key] for key in ("raw", "normalised", "z", "codes_used", "none")},
+        std=every[which].std(0, correction=0),
         pairs=mean.get("pairs"),
-        loss=every["loss"].float(),
-        fvu=every["fvu"].float(),
+        loss=every["loss"],
+        fvu=every["fvu"],
     )
 
 
@@ -251,19 +250,16 @@ def fit(rows: Float[Tensor, "row d_model"], settings: TrialSettings, generator: 
     sae = DiscreteSAE(*(t.to(rows.device) for t in (encoder, bias, decoder, torch.zeros(d))))
     unit = ((sae.encoder, 1), (sae.decoder, 1 if settings.mode == "paper" else 0))
     _normalise(unit)
-    total = rows.sum(0)
     adam = torch.optim.Adam(sae, lr=settings.lr)
     for _ in range(settings.steps):
-        for parameter, gradient in zip(sae, gradients(sae, rows, settings.lam, total), strict=True):
+        for parameter, gradient in zip(sae, gradients(sae, rows, settings.lam), strict=True):
             parameter.grad = gradient
         for weight, dim in unit:
             assert weight.grad is not None
             weight.grad -= (weight.grad * weight).sum(dim, keepdim=True) * weight
         adam.step()
         _normalise(unit)
-    for parameter in sae:
-        parameter.grad = None
-    return sae
+    return DiscreteSAE(*(parameter.detach() for parameter in sae))  # without their gradients
 
 
 def _normalise(unit: tuple[tuple[Tensor, int], ...]) -> None:
@@ -285,27 +281,21 @@ def loss(sae: DiscreteSAE, rows: Float[Tensor, "row d_model"], lam: float) -> Fl
     return F.mse_loss(decode(sae, a), rows) + lam * a.sum(1).mean()
 
 
-def gradients(
-    sae: DiscreteSAE, rows: Float[Tensor, "row d_model"], lam: float, total: Float[Tensor, " d_model"] | None = None
-) -> DiscreteSAE:
-    """Of the loss. `total` is the sum of the rows, for a caller who has it.
-
-    By hand because most rows and latents soon go silent, and only those that fire need more than the encoder.
-    """
+def gradients(sae: DiscreteSAE, rows: Float[Tensor, "row d_model"], lam: float) -> DiscreteSAE:
+    """Of the loss. By hand: most rows and latents soon go silent, and only the rest need more than the encoder."""
     n, d = rows.shape
     a = encode(sae, rows)
     firing, alive = a.sum(1).nonzero()[:, 0], a.sum(0).nonzero()[:, 0]
     some, a = rows[firing], a[firing][:, alive]
     encoder, decoder = sae.encoder[alive], sae.decoder[:, alive]
-    error = (torch.addmm(sae.bias - some, a, decoder.T)) * (2 / (n * d))
+    error = torch.addmm(sae.bias - some, a, decoder.T) * (2 / (n * d))
     inward = torch.where(a > 0, error @ decoder + lam / n, 0)
-    total = rows.sum(0) if total is None else total
     out = DiscreteSAE(*(torch.zeros_like(parameter) for parameter in sae))
     out.encoder[alive] = inward.T @ some - inward.sum(0)[:, None] * sae.bias
     out.encoder_bias[alive] = inward.sum(0)
     out.decoder[:, alive] = error.T @ a
     # The reconstruction error of silent rows is bias - row, so that its sum over all rows needs none of them.
-    outward = (a.sum(0) @ decoder.T + n * sae.bias - total) * (2 / (n * d))
+    outward = (a.sum(0) @ decoder.T + n * sae.bias - rows.sum(0)) * (2 / (n * d))
     out.bias.copy_(outward - inward.sum(0) @ encoder)
     return out
 
@@ -377,15 +367,14 @@ def pair_scores(
     layer than h2 is kept: what a real edge h1 -> h2 could be scored by.
     """
     both = torch.cat([clean, corrupted])
-    label = torch.cat([torch.zeros(len(clean)), torch.ones(len(corrupted))]).long().to(both.device)[:, None]
-    n_heads = both.shape[1]
-    out = torch.zeros(n_heads, n_heads, dtype=torch.long, device=both.device)
-    silent = both == NONE
-    for h in range(n_heads - 1):
-        joint = both[:, h, None] * n_codes + both[:, h + 1 :]
-        joint = joint.where(~silent[:, h, None] & ~silent[:, h + 1 :], n_codes**2)
+    label = (torch.arange(len(both), device=both.device) >= len(clean))[:, None]
+    out = torch.zeros(both.shape[1], both.shape[1], dtype=torch.long, device=both.device)
+    for h in range(len(out) - 1):
+        one, other = both[:, h, None], both[:, h + 1 :]
+        joint = (one * n_codes + other).where((one != NONE) & (other != NONE), n_codes**2)
         # Sorted with the label as lowest bit, a run of one joint code ends with a clean row only if all of it is clean.
-        joint, is_corrupted = (key := (2 * joint + label).sort(0).values) // 2, key % 2
+        key = (2 * joint + label).sort(0).values
+        joint, is_corrupted = key // 2, key % 2
         last = torch.cat([joint[1:] != joint[:-1], torch.ones_like(joint[:1], dtype=torch.bool)])
         out[h, h + 1 :] = (last & (is_corrupted == 0) & (joint < n_codes**2)).sum(0)
     out = out + out.T
@@ -394,7 +383,7 @@ def pair_scores(
 
 def fold_back(pairs: Float[Tensor, "head head"], k: int | None = None) -> Int[Tensor, " head"]:
     """The paper's "edge-level" prediction, which is one number per *head*: how often it is among the first k endpoints
-    when ordered pairs are listed best first, both endpoints of each. k is half the number of ordered pairs by default.
+    when ordered pairs are listed best first, both endpoints of each. By default k = n_heads^2 / 2.
 
     Its AUC is over heads and cannot be compared with an AUC over edges.
     """

@@ -168,7 +168,7 @@ def test_many_runs_are_read_once() -> None:
     for seed in range(60):
         save(node_scores(), seed=seed, created=f"2026-09-27T12:{seed:02}:00+00:00")
     app = runs_page()
-    shutil.rmtree(folder(runs.all_runs()[0].id))  # a change is seen
+    shutil.rmtree(folder(runs.all_runs()[0][0].id))  # a change is seen
     app.run()
     assert len(app.dataframe[0].value) == 59
 

@@ -6,6 +6,7 @@ The synthetic heads write known things, so that what a score should be is known 
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_counts_equal_python_sets_under_every_swap() -> None:
         right = torch.where(swap[:, None], clean, corrupted).tolist()
         for h in range(heads):
             p, q = ({row[h] for row in rows} - {NONE} for rows in (left, right))
-            assert (only[s, h], used[h]) == (len(p - q), len(p | q))
+            assert (int(only[s, h]), int(used[h])) == (len(p - q), len(p | q))
     pairs = codes.pair_scores(clean, corrupted, n_codes)
     for a in range(heads):
         for b in range(heads):
@@ -255,7 +256,7 @@ def test_training_rows_are_scored_only_in_paper_mode() -> None:
 
 # ---- on a model ----
 
-SMALL = {"latents": 12, "examples": 4, "steps": 5, "trials": 2, "permutations": 10}
+SMALL: dict[str, Any] = {"latents": 12, "examples": 4, "steps": 5, "trials": 2, "permutations": 10}
 
 
 @pytest.fixture
@@ -282,8 +283,7 @@ def test_the_seed_decides_everything(
     mode: codes.Mode, tiny: LanguageModel, batch: Batch, store: ActivationStore
 ) -> None:
     first, again, other = (
-        codes.sae_codes(tiny, batch, store, mode=mode, pairs=True, sae_seed=seed, **SMALL)  # type: ignore[arg-type]
-        for seed in (0, 0, 1)
+        codes.sae_codes(tiny, batch, store, mode=mode, pairs=True, sae_seed=seed, **SMALL) for seed in (0, 0, 1)
     )
     for field in fields(first):
         if field.name != "scores":

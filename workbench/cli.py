@@ -214,6 +214,9 @@ def list_runs(as_json: AsJson = False) -> None:
     """All runs, newest first."""
     from workbench import runs
 
+    found, unreadable = runs.all_runs()
+    for sentence in unreadable:
+        typer.echo(sentence, err=True)
     rows = [
         {
             "run": r.id,
@@ -222,7 +225,7 @@ def list_runs(as_json: AsJson = False) -> None:
             "created": r.record["created"],
             "seconds": r.record["cost"]["seconds"],
         }
-        for r in runs.all_runs()
+        for r in found
     ]
     _show(
         as_json,

@@ -14,5 +14,6 @@ def unknown(kind: str, name: str, options: Iterable[str]) -> UserError:
     """An error for a name that does not exist, with the nearest one that does."""
     options = sorted(options)
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(options) or 'none'}."
+    some = ", ".join(options[:12]) + (f" and {len(options) - 12} more" if len(options) > 12 else "")
+    hint = f"did you mean {near[0]!r}?" if near else f"there are: {some or 'none'}."
     return UserError(f"no {kind} is called {name!r}; {hint}")

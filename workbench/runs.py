@@ -38,6 +38,7 @@ from workbench.prompts import Batch, sample
 
 log = logging.getLogger(__name__)
 RECORD_VERSION = 1
+_RECORD = ("key", "model_name", "command", "created", "task", "summary", "cost", "environment", "result")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Run:
             arrays = load_file(self.folder / "arrays.safetensors")
             declared = registry.get_analysis(self.record["key"]["analysis"]).result
             return results.decode(declared, self.record["result"], arrays)
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+        # What reading a record that was changed by hand may raise.
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
             raise UserError(f"run {self.id} is damaged ({error}); delete {self.folder} and run it again.") from error
 
     @property
@@ -184,23 +186,24 @@ def task_figures(model: LanguageModel, batch: Batch, store: ActivationStore) -> 
     return figures
 
 
-def all_runs() -> list[Run]:
-    """Every readable run, newest first."""
+def all_runs() -> tuple[list[Run], list[str]]:
+    """Every readable run, newest first, and a sentence for each folder that cannot be read."""
     root = settings.home() / "runs"
-    found = []
-    for folder in root.glob("*/record.json") if root.is_dir() else ():
+    found, sentences = [], []
+    for folder in root.glob("[!.]*") if root.is_dir() else ():
         try:
-            found.append(Run(folder.parent.name, folder.parent, _read(folder.parent), True, 0.0, 0))
+            found.append(get_run(folder.name))
         except UserError as error:
-            log.warning("%s", error)
-    return sorted(found, key=lambda run: run.record["created"], reverse=True)
+            sentences.append(str(error))
+    return sorted(found, key=lambda run: str(run.record["created"]), reverse=True), sorted(sentences)
 
 
 def get_run(id: str) -> Run:
     """A run by id. Raises UserError for an unknown id or a damaged folder."""
     root = settings.home() / "runs"
-    if not re.fullmatch(r"[a-z0-9_-]+", id) or not (root / id).is_dir():
-        raise unknown("run", id, [path.name for path in root.glob("[!.]*")] if root.is_dir() else [])
+    if not re.fullmatch(r"[a-z0-9_-]{1,200}", id) or not (root / id).is_dir():
+        known = [path.name for path in root.glob("[!.]*")] if root.is_dir() else []
+        raise unknown("run", id[:200], known)
     return Run(id, root / id, _read(root / id), True, 0.0, 0)
 
 
@@ -239,10 +242,13 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads((folder / "record.json").read_text())
         version = record["key"]["record_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        missing = [name for name in _RECORD if name not in record]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"run {folder.name} is damaged ({error}); delete {folder} and run it again.") from error
     if version != RECORD_VERSION:
         raise UserError(f"run {folder.name} was written in format {version}; this version reads {RECORD_VERSION}.")
+    if missing:
+        raise UserError(f"run {folder.name} is damaged (no {missing[0]!r}); delete {folder} and run it again.")
     return record
 
 

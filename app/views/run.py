@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from app import widgets
 from workbench import canvas, plots, registry, runs
@@ -18,10 +19,10 @@ from workbench.scores import NodeScores, head
 SHOWN_ELSEWHERE = {"top_heads", "definition", "unit", "n_nodes", "metric_by_layer", "top_heads_std"}
 
 
-def show(run: Run) -> None:
+def show(run: Run, top: DeltaGenerator) -> None:
     result = run.result
     scores = plots.node_scores(result)
-    heading(run)
+    heading(run, top)
     strip(run)
     widgets.chart(plots.figure(result), key="figure")
     definition(run)
@@ -42,13 +43,13 @@ def show(run: Run) -> None:
     provenance(run)
 
 
-def heading(run: Run) -> None:
+def heading(run: Run, top: DeltaGenerator) -> None:
     key = run.record["key"]
     parts = [run.record["model_name"], key["task"], f"{key['n']} prompts", f"seed {key['seed']}"]
     defaults = {p.name: p.default for p in registry.get_analysis(key["analysis"]).parameters.values()}
     parts += [f"{name} {value}" for name, value in key["parameters"].items() if value != defaults.get(name)]
     parts.append(f"{datetime.fromisoformat(run.record['created']):%-d %b %Y, %H:%M} UTC")
-    with st.container(gap=None):
+    with top:
         st.title(widgets.plain(key["analysis"]), anchor=False)
         st.caption(" · ".join(widgets.plain(str(part)) for part in parts))
 
@@ -168,14 +169,15 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str
             yield f"{prefix}{name}", f"{value:,}" if type(value) is int and name != "seed" else str(value)
 
 
-st.page_link("views/runs.py", label="All runs", icon=":material/arrow_back:")
+top = st.container(gap=None)
+top.page_link("views/runs.py", label="All runs", icon=":material/arrow_back:")
 chosen = st.query_params.get("run", "")
 if not chosen:
     raise UserError("no run is chosen; pick one from the list of all runs.")
 run = runs.get_run(chosen)
 st.set_page_config(page_title=f"{run.id} · Workbench")
 try:
-    show(run)
+    show(run, top)
 except UserError:
     raise
 except widgets.BROKEN as error:
