@@ -268,3 +268,5 @@ def test_text_longer_than_the_context_and_empty_text_are_refused(tiny: LanguageM
         tiny.run(tokens_of(tiny, pos=257))
     with pytest.raises(UserError, match="neither zero"):
         tiny.run(torch.zeros(1, 0, dtype=torch.long))
+    with pytest.raises(UserError, match="own tokenizer"):
+        tiny.run(torch.tensor([[tiny.config.d_vocab]]))

@@ -25,7 +25,7 @@ from workbench.sites import block
 Z, OUT = block(1, "attn.hook_z"), block(2, "hook_resid_post")
 
 
-def sequences(n: int = 12, seed: int = 0, vocab: int = 2000) -> list[torch.Tensor]:
+def sequences(n: int = 12, seed: int = 0, vocab: int = 500) -> list[torch.Tensor]:
     """Unequal lengths, so that batches are bucketed."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab, (5 + i % 4,), generator=generator) for i in range(n)]

@@ -251,6 +251,11 @@ class LanguageModel:
             raise UserError(
                 f"the text has {tokens.shape[1]} tokens, but {self.name} reads at most {self.config.n_ctx}; shorten it."
             )
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self.config.d_vocab:
+            raise UserError(
+                f"token ids must be 0 to {self.config.d_vocab - 1}, not {int(tokens.min())} to {int(tokens.max())}; "
+                f"tokenize with {self.name}'s own tokenizer."
+            )
 
     def _check_site(self, site: Site, start: Resume | None) -> None:
         if site.hook not in self.hook_points:
