@@ -23,9 +23,10 @@ for a head with many codes even if labels are shuffled. `mode="fixed"` repairs e
 The score is not causal. It says that what a head writes differs between clean and corrupted prompts, never that the
 model uses it; and where corrupted prompts vary less (greater-than's all end in 01), every head that reads the varying
 token is scored, for which no permutation is a remedy. Hold it to exact patching before calling the top heads a circuit.
-On SmolLM2-135M (ioi, greater-than) the ten heads that matter most by exact patching are found with an AUC of .83 and
-.78 in fixed mode and .83 and .86 in paper mode, but .85 and .91 or .95 and .89 with a *random* SAE (steps=0), and .90
-and .93 by the plain norm of the mean difference between clean and corrupted: training is not what finds them.
+
+Training is not what finds heads: on SmolLM2-135M (ioi, greater-than) a random SAE (steps=0) and the plain norm of the
+mean difference between clean and corrupted outputs ranked the heads of largest exact effect at least as well as a
+trained SAE in either mode.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ class Result(Protocol):
 def encode(value: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
     """JSON and the tensors it refers to by path."""
     if isinstance(value, Tensor):
-        return {"tensor": path}, {path: value.detach().cpu().contiguous()}
+        # A copy: two fields may share memory, which safetensors refuses.
+        return {"tensor": path}, {path: value.detach().cpu().contiguous().clone()}
     if dataclasses.is_dataclass(value):
         items = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     elif isinstance(value, dict):
