@@ -13,7 +13,7 @@ test: $(READY)  ## the fast tests
 	$(BIN)/pytest -n 2 -m "not slow and not gpu and not network"
 
 slow: $(READY)  ## the slow tests, minutes
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --ignore tests/benchmarks
 
 check: $(READY)  ## formatting, lint, types, imports
 	$(BIN)/ruff format --check .
@@ -25,7 +25,7 @@ app: $(READY)  ## the browser app, on this machine only
 	$(BIN)/wb app
 
 bench: $(READY)  ## speed against peers and limits, as ratios
-	$(BIN)/python -m pytest tests/benchmarks -m slow -s
+	$(BIN)/pytest tests/benchmarks -m slow -s -o addopts=  # without the type checks of the tests
 
 $(READY): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

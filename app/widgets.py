@@ -58,7 +58,7 @@ def _row(run: Run) -> dict[str, Any]:
         "model": str(record["model_name"]),
         "task": str(record["key"]["task"]),
         "n": int(record["key"]["n"]),
-        "accuracy": float(record["task"]["accuracy"]),
+        "accuracy": 100 * float(record["task"]["accuracy"]),
         "top heads": _top_heads(record["summary"]),
         "seconds": float(record["cost"]["seconds"]),
         "created": datetime.fromisoformat(record["created"]),

@@ -37,7 +37,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Generator, Tensor
 from tqdm import tqdm
 
@@ -210,7 +210,7 @@ def trial(x: Float[Tensor, "example head d_model"], settings: TrialSettings, gen
 
 
 def head_outputs(
-    model: LanguageModel, store: ActivationStore, sequences: Sequence[Int[Tensor, " pos"]], position: str
+    model: LanguageModel, store: ActivationStore, sequences: Sequence[Int[Tensor, "_"]], position: str
 ) -> Float[Tensor, "example head d_model"]:
     """What each head writes, averaged over positions or at the last one; heads in the order a0.h0, a0.h1, ..."""
     hooks = [sites.block(layer, "attn.hook_z") for layer in range(model.config.n_layers)]
@@ -382,7 +382,7 @@ def pair_scores(
     return out if layers is None else out * (layers[:, None] < layers[None, :])
 
 
-def fold_back(pairs: Float[Tensor, "head head"], k: int | None = None) -> Int[Tensor, " head"]:
+def fold_back(pairs: Real[Tensor, "head head"], k: int | None = None) -> Int[Tensor, " head"]:
     """The paper's "edge-level" prediction, which is one number per *head*: how often it is among the first k endpoints
     when ordered pairs are listed best first, both endpoints of each. By default k = n_heads^2 / 2.
 

@@ -145,7 +145,7 @@ def test_runs_are_listed_newest_first_with_their_figures() -> None:
     table = app.dataframe[0].value
     assert list(table["analysis"]) == ["logit-lens", "attention-patterns", "patching"]
     newest = table.iloc[2]
-    assert (newest["model"], newest["task"], newest["n"], newest["accuracy"]) == ("tiny", "ioi", 5, 0.8)
+    assert (newest["model"], newest["task"], newest["n"], newest["accuracy"]) == ("tiny", "ioi", 5, 80)
     best, score = node_scores().top(1)[0]
     assert newest["top heads"].startswith(f"{best} {'−' if score < 0 else '+'}{abs(score):.2f}"[:8])
 

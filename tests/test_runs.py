@@ -89,7 +89,7 @@ def test_figures_of_the_task_are_the_models_own(tiny: LanguageModel, store: Acti
     figures = runs.task_figures(tiny, batch, store)
     clean = torch.cat([batch.select([i]).score(tiny.run(t[None]).logits[:, -1]) for i, t in enumerate(batch.clean)])  # type: ignore[index]
     assert figures["clean_mean"] == pytest.approx(float(clean.mean()), abs=1e-4)
-    assert figures["accuracy"] == float((clean > 0).float().mean())
+    assert figures["accuracy"] == float((clean > 0).double().mean())
     assert figures["drawn"] >= figures["n"] == 8
 
 

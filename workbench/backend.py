@@ -208,6 +208,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(KERNEL, sdpa_mask)
 def hooked(
     module: PreTrainedModel,
     family: Family,
+    d_head: int,
     visitors: Mapping[str, Visit],
     edited: frozenset[str],
     start: Resume | None,
@@ -243,8 +244,9 @@ def hooked(
                 if side == "in":
                     keep(submodule.register_forward_pre_hook(_on_input(visit), with_kwargs=True))
                 else:
-                    d_head = describe(module).d_head if name in sites.HEAD_HOOKS else None
-                    keep(submodule.register_forward_hook(_on_output(visit, d_head)))
+                    keep(
+                        submodule.register_forward_hook(_on_output(visit, d_head if name in sites.HEAD_HOOKS else None))
+                    )
         for layer in range(start.layer if start else 0, len(blocks)):
             inside = {sites.block(layer, name): name for name in _attention_names(family)}
             visit_inside = {_tap_name(family, inside[hook]): visitors[hook] for hook in inside if hook in visitors}

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Ids = Sequence[Int[Tensor, " answer"]]
+Ids = Sequence[Int[Tensor, "_"]]  # one length per prompt
 
 
 def logit_diff(logits: Float[Tensor, "batch vocab"], answers: Ids, wrong: Ids) -> Float[Tensor, " batch"]:

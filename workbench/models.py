@@ -146,7 +146,9 @@ class LanguageModel:
         edited = frozenset(site.hook for site, _ in edits)
         if start is not None:
             start = Resume(start.layer, start.resid.to(self.device, self.dtype), start.past)
-        context = backend.hooked(self._module, self._family, visitors, edited, start, self._results, grad)
+        context = backend.hooked(
+            self._module, self._family, self.config.d_head, visitors, edited, start, self._results, grad
+        )
         with self._lock, nullcontext() if grad else torch.no_grad(), context:
             self.forward_passes += 1
             out = self._forward(tokens.to(self.device), logits, start)
@@ -272,7 +274,9 @@ class LanguageModel:
 
 def numerics(dtype: str, device: str) -> str:
     """The numerics a model loaded with these settings will have."""
-    return f"{dtype}-sdpa-{torch.device(device).type}"
+    kind = torch.device(device).type
+    reduced = kind == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    return f"{dtype}-sdpa-{kind}{'-tf32' if reduced else ''}"
 
 
 def _visitor(

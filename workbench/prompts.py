@@ -51,10 +51,10 @@ class Batch:
 
     task: Task
     prompts: tuple[Prompt, ...]
-    clean: tuple[Int[Tensor, " pos"], ...]
-    corrupted: tuple[Int[Tensor, " pos"], ...]
-    answers: tuple[Int[Tensor, " answer"], ...]
-    wrong: tuple[Int[Tensor, " answer"], ...]
+    clean: tuple[Int[Tensor, "_"], ...]
+    corrupted: tuple[Int[Tensor, "_"], ...]
+    answers: tuple[Int[Tensor, "_"], ...]
+    wrong: tuple[Int[Tensor, "_"], ...]
     drawn: int
 
     def __len__(self) -> int:

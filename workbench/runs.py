@@ -174,8 +174,8 @@ def task_figures(model: LanguageModel, batch: Batch, store: ActivationStore) -> 
         figures[f"{side}_mean"] = float(score.mean())
         figures[f"{side}_std"] = float(score.std(correction=0))
         if side == "clean":
-            figures["accuracy"] = float((score > 0).float().mean())
-            figures["top1"] = float(top1(logits, batch.answers).mean())
+            figures["accuracy"] = float((score > 0).double().mean())
+            figures["top1"] = float(top1(logits, batch.answers).double().mean())
     example = batch.prompts[0]
     figures["example"] = {
         "clean": example.clean,

@@ -44,7 +44,7 @@ def table(shown: list[dict[str, Any]]) -> None:
             "model": st.column_config.TextColumn(width=125),
             "task": st.column_config.TextColumn(width=115),
             "n": st.column_config.NumberColumn("prompts", width=75),
-            "accuracy": st.column_config.NumberColumn(format="percent", width=85),
+            "accuracy": st.column_config.NumberColumn(format="%.0f%%", width=85),
             "top heads": st.column_config.TextColumn(width=300),
             "seconds": st.column_config.NumberColumn(format="%.1f", width=80),
             "created": st.column_config.DatetimeColumn("created (UTC)", format="D MMM YYYY, HH:mm", width=160),

@@ -90,11 +90,11 @@ class ActivationStore:
     def get(
         self,
         model: LanguageModel,
-        sequences: Sequence[Int[Tensor, " pos"]] | Int[Tensor, "batch pos"],
+        sequences: Sequence[Int[Tensor, "_"]] | Int[Tensor, "batch pos"],
         hooks: Sequence[str],
         *,
         edit: Edits | None = None,
-    ) -> dict[str, list[Float[Tensor, "pos *rest"]]]:
+    ) -> dict[str, list[Float[Tensor, "_ ..."]]]:
         """The activations of each sequence at each hook point, in order; copies, float32, on the CPU.
 
         Raises UserError for unknown hook points, interventions without a key, and a disk that cannot be written.
@@ -199,7 +199,7 @@ class ActivationStore:
             key = todo[i, hook]
             encoded = codecs.encode(value, self.codec)
             entries.append(NewEntry(key, hook, encoded.data, tuple(value.shape), self.codec, encoded.error, shape))
-            rows[key] = encoded.decoded
+            rows[key] = encoded.decoded.clone()  # a row of its own: a view would keep the whole batch in memory
         taken = self.disk.write(model.fingerprint, entries)
         for key, entry in self.disk.read(list(taken)).items():
             rows[key] = codecs.decode(entry.data, entry.shape, entry.codec)
@@ -212,7 +212,7 @@ class ActivationStore:
     def stream(
         self,
         model: LanguageModel,
-        sequences: Sequence[Int[Tensor, " pos"]],
+        sequences: Sequence[Int[Tensor, "_"]],
         hooks: Sequence[str],
         *,
         rows: int = 4096,
@@ -262,7 +262,7 @@ class ActivationStore:
     def estimate(
         self,
         model: LanguageModel,
-        sequences: Sequence[Int[Tensor, " pos"]] | Int[Tensor, "batch pos"],
+        sequences: Sequence[Int[Tensor, "_"]] | Int[Tensor, "batch pos"],
         hooks: Sequence[str],
         *,
         edit: Edits | None = None,
