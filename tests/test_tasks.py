@@ -89,6 +89,14 @@ def test_ioi_leaves_one_person_out_and_the_corrupted_prompt_none() -> None:
         assert len(changed(prompt)) == 2
 
 
+def test_ioi_flip_asks_for_the_other_name() -> None:
+    for prompt in draws("ioi_flip"):
+        io, s = prompt.answers[0].strip(), prompt.wrong[0].strip()
+        clean, corrupted = names_in(prompt.clean), names_in(prompt.corrupted)
+        assert clean[:2] == corrupted[:2] and set(clean[:2]) == {io, s}
+        assert (clean[2], corrupted[2]) == (s, io)
+
+
 def test_ioi_uses_all_thirty_templates_evenly() -> None:
     forms: Counter[tuple[str, bool]] = Counter()
     for prompt in draws("ioi", 3000):

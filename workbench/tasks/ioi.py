@@ -2,7 +2,9 @@
 
 Two people are named, one of them again as the giver; the receiver must be the other. The corrupted prompt names three
 different people in the same places, so that there is nobody left out and nothing to infer: the name at the first
-mention of S becomes IO's, IO's becomes a third, and the second mention of S stays.
+mention of S becomes IO's, IO's becomes a third, and the second mention of S stays. A model may still prefer IO's name
+there, merely because S has just been the giver; `ioi_flip` has the other usual corruption, in which the second mention
+of S becomes IO's: the rule then gives S, so the whole behaviour is at stake in patching.
 
 In half of the prompts IO is named first (ABBA), in half S (BABA); otherwise "the answer is the first name" would do.
 
@@ -13,6 +15,7 @@ in two lengths, so that a batch falls into two groups of equally long prompts.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 from workbench.prompts import Prompt
 from workbench.registry import task
@@ -58,12 +61,25 @@ NAMES = (
 @task("ioi", metric="logit_diff", version=1)
 def ioi(rng: random.Random) -> Prompt:
     """Indirect object: who receives, of the two people named, when the other one gives."""
+    fill, io, s, third = _scene(rng)
+    return Prompt(fill(io, s, s), fill(third, io, s), (f" {io}",), (f" {s}",))
+
+
+@task("ioi_flip", metric="logit_diff", version=1)
+def ioi_flip(rng: random.Random) -> Prompt:
+    """Indirect object, corrupted by making the receiver the giver, which turns the answer round."""
+    fill, io, s, _ = _scene(rng)
+    return Prompt(fill(io, s, s), fill(io, s, io), (f" {io}",), (f" {s}",))
+
+
+def _scene(rng: random.Random) -> tuple[Callable[[str, str, str], str], str, str, str]:
+    """A template that wants names at the places of IO, S and the giver; and three names."""
     io, s, third = rng.sample(NAMES, 3)
     template, place, thing = rng.choice(TEMPLATES), rng.choice(PLACES), rng.choice(OBJECTS)
     io_first = rng.random() < 0.5
 
-    def fill(at_io: str, at_s: str) -> str:
+    def fill(at_io: str, at_s: str, giver: str) -> str:
         first, second = (at_io, at_s) if io_first else (at_s, at_io)
-        return template.format(first=first, second=second, giver=s, place=place, object=thing)
+        return template.format(first=first, second=second, giver=giver, place=place, object=thing)
 
-    return Prompt(fill(io, s), fill(third, io), (f" {io}",), (f" {s}",))
+    return fill, io, s, third
