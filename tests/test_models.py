@@ -155,12 +155,12 @@ def test_resuming_equals_running_from_the_start(kind: str, prefix: int, make_tin
 
 
 def test_captured_tensors_are_copies(tiny: LanguageModel) -> None:
+    """Mutation canary: what a later step does in place does not reach what was captured before."""
     tokens = tokens_of(tiny)
-    hook = block(0, "hook_resid_post")
-    first = tiny.run(tokens, capture=[hook])[hook]
-    kept = first.clone()
-    first.zero_()
-    assert torch.equal(tiny.run(tokens, capture=[hook])[hook], kept)
+    before, after = block(0, "hook_resid_post"), block(1, "hook_resid_pre")  # one and the same tensor in the model
+    kept = tiny.run(tokens, capture=[before])[before]
+    mutated = tiny.run(tokens, capture=[before], edit={after: lambda x: x.mul_(2)})
+    assert torch.equal(mutated[before], kept)
 
 
 def test_site_picks_head_and_position(tiny: LanguageModel) -> None:
