@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -257,12 +256,16 @@ def demo(as_json: AsJson = False) -> None:
 
 
 @cli.command()
-def app(port: Annotated[int, typer.Option(help="Port on this machine.")] = 8501) -> None:
-    """Open the browser app, on this machine only."""
+def app(port: Annotated[int, typer.Option(help="Port on this machine.")] = 8501, as_json: AsJson = False) -> None:
+    """Open the browser app, on this machine only; runs until it is stopped."""
     main_page = Path(str(files("app"))) / "main.py"
     command = [sys.executable, "-m", "streamlit", "run", str(main_page), "--server.address", "127.0.0.1"]
     command += ["--server.port", str(port), "--browser.gatherUsageStats", "false"]
-    sys.exit(subprocess.call(command, env=os.environ | {"STREAMLIT_SERVER_SHOW_EMAIL_PROMPT": "false"}))
+    command += ["--server.showEmailPrompt", "false"]
+    url = f"http://127.0.0.1:{port}"
+    _show(as_json, {"url": url}, lambda: url)
+    sys.stdout.flush()
+    sys.exit(subprocess.call(command, stdout=sys.stderr))
 
 
 # ---- store ----
