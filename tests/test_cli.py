@@ -45,9 +45,8 @@ def test_run_prints_one_object_and_hits_the_second_time(wb: Wb, tiny_folder: str
 
 
 def test_the_recorded_command_reproduces_the_run(wb: Wb, tiny_folder: str) -> None:
-    _, out, _ = wb(
-        "run", "patching", "--model", tiny_folder, "--n", "3", "--direction", "denoise", "--seed", "4", "--json"
-    )
+    options = ("--n", "3", "--direction", "denoise", "--seed", "4", "--dtype", "bfloat16")
+    _, out, _ = wb("run", "patching", "--model", tiny_folder, *options, "--json")
     first = json.loads(out)
     _, text, _ = wb("show", first["run"])
     (command,) = [line.removeprefix("  again  ") for line in text.splitlines() if line.startswith("  again  ")]

@@ -27,9 +27,12 @@ def test_direct_attributions_sum_to_the_logit_difference(
     model = make_tiny(kind)
     batch = draw(model)
     found = direct_logit_attribution(model, batch, store)
-    truth = torch.stack(
-        [batch.select([i]).score(model.run(t[None]).logits[:, -1])[0] for i, t in enumerate(batch.clean)]  # type: ignore[index]
-    )
+    cap = model.config.final_softcap
+    rows = []
+    for i, tokens in enumerate(batch.clean):
+        logits = model.run(tokens[None]).logits[:, -1]  # type: ignore[index]
+        rows.append(batch.select([i]).score(cap * torch.atanh(logits / cap) if cap else logits)[0])
+    truth = torch.stack(rows)
     head = found.headline
     assert found.per_prompt is not None
     assert float(found.scores.sum()) + head["embedding"] + head["biases"] == pytest.approx(

@@ -11,6 +11,7 @@ import torch
 
 from tests.conftest import CONFIGS
 from workbench import sites
+from workbench.architectures import FAMILIES as FAMILIES_OF_THE_TABLE
 from workbench.errors import UserError
 from workbench.interventions import resample, steer, zero
 from workbench.models import LanguageModel, Resume
@@ -23,6 +24,10 @@ Make = Callable[..., LanguageModel]
 def tokens_of(model: LanguageModel, batch: int = 3, pos: int = 12, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.config.d_vocab, (batch, pos), generator=generator)
+
+
+def test_every_family_of_the_table_is_tested() -> None:
+    assert set(CONFIGS) == set(FAMILIES_OF_THE_TABLE)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -53,7 +58,7 @@ def test_self_check_passes_for_every_family_and_fails_for_a_wrong_table(kind: st
         model.self_check()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_every_hook_point_agrees_with_transformer_lens(kind: str, make_tiny: Make) -> None:
     """An independent implementation captures the same tensors under the same names."""
     bridge_module = pytest.importorskip("transformer_lens.model_bridge")

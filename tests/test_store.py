@@ -21,7 +21,7 @@ from workbench.activations.disk import Disk, NewEntry
 from workbench.errors import UserError
 from workbench.interventions import steer, zero
 from workbench.models import LanguageModel
-from workbench.sites import block
+from workbench.sites import Site, block
 
 Z, OUT = block(1, "attn.hook_z"), block(2, "hook_resid_post")
 
@@ -123,6 +123,15 @@ def test_edited_activations_are_stored_under_what_the_edit_does(tiny: LanguageMo
         (UserError, TypeCheckError), match=r"has no key|Intervention"
     ):  # the latter while types are checked
         store.get(tiny, row, [OUT], edit={Z: lambda x: x})  # type: ignore[dict-item]
+
+
+def test_edits_of_one_tensor_in_another_order_are_not_the_same(tiny: LanguageModel, store: ActivationStore) -> None:
+    """Adding and then zeroing is not zeroing and then adding."""
+    row, add = [torch.arange(6)], steer(torch.ones(8), 1.0)
+    head, whole = Site(Z, head=1), Site(Z)
+    one = store.get(tiny, row, [Z], edit={head: add, whole: zero()})[Z][0]
+    two = store.get(tiny, row, [Z], edit={whole: zero(), head: add})[Z][0]
+    assert float(one.abs().max()) == 0 and float(two[:, 1].min()) == 1
 
 
 def test_two_threads_asking_for_the_same_compute_once(tiny: LanguageModel, store: ActivationStore) -> None:

@@ -129,7 +129,9 @@ def direct_logit_attribution(model: LanguageModel, batch: Batch, store: Activati
         nodes=tuple(parts),
         scores=per_prompt.mean(1),
         definition="direct effect of the node's write at the last position on logit(answer) - logit(wrong), final norm "
-        "frozen at its clean scale, mean over prompts; positive: pushes towards the answer",
+        "frozen at its clean scale"
+        + (", logits before the model's soft cap" if c.final_softcap else "")
+        + ", mean over prompts; positive: pushes towards the answer",
         unit="logit_diff",
         per_prompt=per_prompt,
         headline={

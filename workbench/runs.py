@@ -148,7 +148,7 @@ def run(
         "id": id,
         "key": key,
         "model_name": model.name,
-        "command": command(analysis, model.name, task, n, seed, bound),
+        "command": command(analysis, model, task, n, seed, bound),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "task": figures,
         "summary": result.summary(),
@@ -207,10 +207,13 @@ def get_run(id: str) -> Run:
     return Run(id, root / id, _read(root / id), True, 0.0, 0)
 
 
-def command(analysis: str, model: str, task: str, n: int, seed: int, parameters: Mapping[str, Any]) -> str:
+def command(analysis: str, model: LanguageModel, task: str, n: int, seed: int, parameters: Mapping[str, Any]) -> str:
     """The command line that reproduces a run; parameters at their defaults are left out."""
     defaults = registry.get_analysis(analysis).parameters
-    words = ["wb", "run", analysis, "--model", model, "--task", task, "--n", str(n), "--seed", str(seed)]
+    words = ["wb", "run", analysis, "--model", model.name, "--task", task, "--n", str(n), "--seed", str(seed)]
+    dtype, device = str(model.dtype).removeprefix("torch."), str(model.device)
+    words += ["--dtype", dtype] if dtype != "float32" else []
+    words += ["--device", device] if device != "cpu" else []
     for name, value in parameters.items():
         if value != defaults[name].default:
             words += [f"--{name.replace('_', '-')}", str(value)]

@@ -25,7 +25,8 @@ def keys(
     model: LanguageModel, sequences: Sequence[Tensor], hooks: Iterable[str], codec: str, edits: Edits | None
 ) -> dict[tuple[int, str], bytes]:
     """The key of each (index of sequence, hook point): 16 bytes."""
-    edit_key = "".join(sorted(f"{tuple(_site(site))}:{_key(edit)};" for site, edit in (edits or {}).items()))
+    # In the order in which they are applied: two edits of one tensor need not commute.
+    edit_key = "".join(f"{tuple(_site(site))}:{_key(edit)};" for site, edit in (edits or {}).items())
     scopes = {hook: f"{model.fingerprint}/{model.numerics}/{hook}/{codec}/{edit_key}/".encode() for hook in hooks}
     contents = [tokens.to("cpu", torch.int64).contiguous().numpy().tobytes() for tokens in sequences]
     return {
