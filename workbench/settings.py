@@ -2,7 +2,8 @@
 
 WORKBENCH_HOME          where models, activations and runs are kept (default ~/.mechinterp-workbench)
 WORKBENCH_DEVICE        torch device of the model (default cpu: a GPU is used when asked for)
-WORKBENCH_STORE_MEMORY  bytes of the activation store's memory tier (default 1 GB)
+WORKBENCH_STORE_DEVICE  bytes of the activation store's tier on a GPU (default 1 GB)
+WORKBENCH_STORE_MEMORY  bytes of its tier in host memory (default 1 GB)
 WORKBENCH_STORE_DISK    bytes of its disk tier (default 20 GB)
 WORKBENCH_ACCEPT_TERMS  comma-separated models whose terms of use are accepted
 """
@@ -43,6 +44,10 @@ def device() -> str:
 
 def accepted_terms() -> set[str]:
     return {name.strip() for name in os.environ.get("WORKBENCH_ACCEPT_TERMS", "").split(",") if name.strip()}
+
+
+def store_device() -> int:
+    return _bytes("WORKBENCH_STORE_DEVICE", "1G")
 
 
 def store_memory() -> int:

@@ -1,74 +1,65 @@
-"""The disk tier: append-only shards and an index.
+"""The disk tier: entries in shard files, found through the index.
 
-Rows are appended to shard files, one series per model and hook point and process; a SQLite index (WAL) maps each key
-to shard, offset, length and checksum. The order of writing is the journal: bytes first, then one transaction for the
-whole batch. A row without its index entry does not exist, so a kill at any instant loses at most the batch in flight.
-Every read is checked against its checksum; a damaged row is named, dropped, and never served.
-
-Space is given back shard by shard, least recently used first.
+The order of writing is the journal: bytes first, then one transaction for the whole batch. An entry without its index
+row does not exist, so a kill at any instant loses at most the batch in flight. Every read is checked against its
+checksum; a damaged entry is named, dropped, and never served. Space is given back shard by shard, least recently used
+first, pinned ones never.
 """
 
 from __future__ import annotations
 
-import json
+import fcntl
 import logging
-import mmap
 import os
+import platform
 import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import xxhash
+import torch
+from torch import Tensor
 
 from workbench import settings
+from workbench.activations.codecs import Pieces
+from workbench.activations.index import Index, Place, checksum
+from workbench.activations.keys import Key, sequence_digest
+from workbench.activations.shards import Readers, Writers
 from workbench.errors import UserError
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
-SHARD_BYTES = 256 * 10**6
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS shards (
-    id INTEGER PRIMARY KEY, file TEXT UNIQUE, model TEXT, hook TEXT, bytes INTEGER, used REAL);
-CREATE TABLE IF NOT EXISTS entries (
-    key BLOB PRIMARY KEY, shard INTEGER, offset INTEGER, nbytes INTEGER, checksum TEXT,
-    shape TEXT, codec TEXT, error REAL, batch TEXT, created REAL) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS entries_of_shard ON entries (shard);
-"""
-
 
 class NewEntry(NamedTuple):
-    """A row to be written; `batch` is the shape of the pass that computed it, for the manifest."""
-
-    key: bytes
-    hook: str
-    data: bytes
+    key: Key
+    pieces: Pieces
     shape: tuple[int, ...]
-    codec: str
     error: float
-    batch: str
 
 
 class StoredEntry(NamedTuple):
-    data: bytes
+    raw: Tensor  # bytes; the caller's own
     shape: tuple[int, ...]
-    codec: str
+    error: float
 
 
-@dataclass
-class _Writer:
-    """One open shard of this process."""
+class Pass(NamedTuple):
+    """How a batch was computed, for the manifest."""
 
-    shard: int
-    file: int  # descriptor
-    end: int
+    model_name: str
+    batch: str  # sequences x tokens
+    threads: int
+
+
+def fresh(_: Key, nbytes: int) -> Tensor:
+    """A new buffer for an entry's bytes."""
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 class Disk:
@@ -78,222 +69,293 @@ class Disk:
         settings.writable_folder(root)
         self.root = root
         self.budget = budget
-        self._local = threading.local()
-        self._write_lock = threading.Lock()
-        self._writers: dict[tuple[str, str], _Writer] = {}
-        self._maps: dict[int, mmap.mmap] = {}
-        self._map_lock = threading.Lock()
-        db = self._db()
-        db.executescript(_SCHEMA)
-        with db:
-            db.execute("INSERT OR IGNORE INTO meta VALUES ('version', ?)", (str(VERSION),))
-        found = db.execute("SELECT value FROM meta WHERE name = 'version'").fetchone()[0]
-        if found != str(VERSION):
-            raise UserError(
-                f"the activation store in {root} has format {found}, this version reads {VERSION}; "
-                "set WORKBENCH_HOME to another folder or delete it."
-            )
+        self.index = Index(root)
+        self._owner: tuple[str, int] | None = None  # name and descriptor of our lock file
+        self._reset()
         self._remove_leftovers()
+        # A forked child may use the store, but neither its parent's locks nor its open shards.
+        os.register_at_fork(after_in_child=partial(_reset, weakref.ref(self)))
+
+    def _reset(self) -> None:
+        self._owner = None
+        self._lock = threading.RLock()
+        self._writers = Writers(self.root, self.index)
+        self._readers = Readers(self.root)
+        weakref.finalize(self, _close, self._writers, self._readers)
 
     # ---- reading ----
 
-    def read(self, keys: Sequence[bytes]) -> dict[bytes, StoredEntry]:
-        """The rows that exist and are whole."""
-        rows: dict[bytes, StoredEntry] = {}
-        used: set[int] = set()
-        db = self._db()
-        for start in range(0, len(keys), 500):
-            some = keys[start : start + 500]
-            query = f"""SELECT key, shard, offset, nbytes, checksum, shape, codec, file
-                        FROM entries JOIN shards ON shard = id WHERE key IN ({",".join("?" * len(some))})"""
-            for key, shard, offset, nbytes, checksum, shape, codec, file in db.execute(query, some):
-                data = self._bytes(shard, file, offset, nbytes)
-                if data is None or xxhash.xxh3_64_hexdigest(data) != checksum:
-                    log.warning("stored activation %s in %s at byte %d is damaged; dropped", key.hex(), file, offset)
-                    with db:
-                        db.execute("DELETE FROM entries WHERE key = ?", (key,))
-                    continue
-                rows[key] = StoredEntry(data, tuple(json.loads(shape)), codec)
-                used.add(shard)
-        self._touch(used)
-        return rows
+    def read(
+        self, keys: Iterable[Key], allocate: Callable[[Key, int], Tensor] = fresh
+    ) -> Iterator[tuple[Key, StoredEntry]]:
+        """The entries that exist and are whole, in the order of the files.
 
-    def has(self, keys: Sequence[bytes]) -> set[bytes]:
-        """Which keys have a row, without reading it."""
-        found: set[bytes] = set()
-        for start in range(0, len(keys), 500):
-            some = keys[start : start + 500]
-            marks = ",".join("?" * len(some))
-            found |= {key for (key,) in self._db().execute(f"SELECT key FROM entries WHERE key IN ({marks})", some)}
-        return found
-
-    def _bytes(self, shard: int, file: str, offset: int, nbytes: int) -> bytes | None:
-        with self._map_lock:
-            mapped = self._maps.get(shard)
-            if mapped is None or len(mapped) < offset + nbytes:  # the shard has grown since it was mapped
+        Neighbours are read in one go, each into the buffer of bytes that `allocate(key, nbytes)` gives.
+        """
+        with self.index.guard():
+            places = sorted(self.index.find(keys), key=lambda item: (item[1].file, item[1].offset))
+            for run in _runs(places):
+                buffers = [allocate(key, place.nbytes) for key, place in run]
+                first = run[0][1]
                 try:
-                    with (self.root / file).open("rb") as handle:
-                        mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-                except (FileNotFoundError, ValueError):  # evicted by another process, or empty
-                    return None
-                self._maps[shard] = mapped
-            return mapped[offset : offset + nbytes] if len(mapped) >= offset + nbytes else None
+                    got = self._readers.read(first.file, first.offset, buffers)
+                except FileNotFoundError:  # evicted by another process
+                    continue
+                for (key, place), raw in zip(run, buffers, strict=True):
+                    whole = place.offset + place.nbytes <= first.offset + got
+                    if whole and checksum([raw.numpy().data], key, place.shape, place.error) == place.checksum:
+                        yield key, StoredEntry(raw, place.shape, place.error)
+                        continue
+                    log.warning("%s; dropped", _damage(key, place))
+                    self.index.forget(key, place)
+            with suppress(sqlite3.OperationalError):  # a lost timestamp is no loss
+                self.index.touch({place.shard for _, place in places})
 
-    def _touch(self, shards: Iterable[int]) -> None:
-        now = time.time()
-        stale = [(now, shard, now - 60) for shard in shards]
-        if stale:
-            with suppress(sqlite3.OperationalError), self._db() as db:  # a lost timestamp is no loss
-                db.executemany("UPDATE shards SET used = ? WHERE id = ? AND used < ?", stale)
+    def has(self, keys: Iterable[Key]) -> dict[Key, Place]:
+        """Which keys have an entry, and where, without reading it."""
+        with self.index.guard():
+            return dict(self.index.find(keys))
 
     # ---- writing ----
 
-    def write(self, model: str, entries: Sequence[NewEntry]) -> set[bytes]:
-        """Store a batch. Returns the keys that another process had stored first: theirs are the values that count.
+    def write(
+        self, how: Pass, entries: Sequence[NewEntry], tokens: Mapping[bytes, bytes], release: Iterable[bytes] = ()
+    ) -> set[Key]:
+        """Store a batch, and release claims, in one transaction. `tokens` has the token ids of each sequence.
 
-        Raises UserError when the disk is full; everything committed before stays.
+        Returns the keys that were stored before: theirs are the values that count. Raises UserError when the disk is
+        full or its budget taken by pins; everything committed before stays.
         """
-        with self._write_lock:
-            self._make_room(sum(len(entry.data) for entry in entries))
-            ends = {id(writer): writer.end for writer in self._writers.values()}
+        with self._lock, self.index.guard():
+            self._make_room(sum(len(piece) for entry in entries for piece in entry.pieces))
             try:
-                taken: set[bytes] | None = None
+                taken: set[Key] | None = None
                 while taken is None:
-                    taken = self._commit(model, entries)
+                    taken = self._commit(how, entries, tokens, release)
                 return taken
-            except (OSError, sqlite3.OperationalError) as error:
-                for writer in self._writers.values():
-                    writer.end = ends.get(id(writer), 0)
-                    with suppress(OSError):
-                        os.ftruncate(writer.file, writer.end)
+            except OSError as error:
                 raise UserError(
                     f"the activation store in {self.root} could not be written ({error}); what was stored before is "
                     "safe. Free space, run `wb store evict`, or set WORKBENCH_HOME to another disk."
                 ) from error
+            finally:
+                self._writers.rollback()
 
-    def _commit(self, model: str, entries: Sequence[NewEntry]) -> set[bytes] | None:
+    def _commit(
+        self, how: Pass, entries: Sequence[NewEntry], tokens: Mapping[bytes, bytes], release: Iterable[bytes]
+    ) -> set[Key] | None:
         """Bytes, then one transaction. None when another process evicted one of our shards meanwhile: try again."""
+        by_series: dict[tuple[str, str], list[NewEntry]] = {}
+        for entry in entries:
+            by_series.setdefault((entry.key.scope.model, entry.key.scope.hook), []).append(entry)
+        rows: list[tuple[Key, Place]] = []
+        grown = []
+        for series, some in by_series.items():
+            writer, offset = self._writers.append(series, [piece for entry in some for piece in entry.pieces])
+            grown.append((writer, some))
+            for entry in some:
+                nbytes = sum(map(len, entry.pieces))
+                check = checksum(entry.pieces, entry.key, entry.shape, entry.error)
+                place = Place(writer.shard, writer.name, offset, nbytes, check, entry.shape, entry.error)
+                rows.append((entry.key, place))
+                offset += nbytes
         now = time.time()
-        taken: set[bytes] = set()
-        rows = [(entry, *self._append(model, entry)) for entry in entries]
-        used = {shard for _, shard, _ in rows}
-        with self._db() as db:
-            for series, writer in list(self._writers.items()):
-                values = (writer.end, now, writer.shard)
-                done = db.execute("UPDATE shards SET bytes = ?, used = ? WHERE id = ?", values)
-                if not done.rowcount:
-                    self._close(series)
-                    if writer.shard in used:
-                        db.rollback()
-                        return None
-            for entry, shard, offset in rows:
-                checksum = xxhash.xxh3_64_hexdigest(entry.data)
-                key = (entry.key, shard, offset, len(entry.data), checksum, json.dumps(entry.shape))
-                insert = "INSERT OR IGNORE INTO entries VALUES (?,?,?,?,?,?,?,?,?,?)"
-                if not db.execute(insert, (*key, entry.codec, entry.error, entry.batch, now)).rowcount:
-                    taken.add(entry.key)
+        with self.index.transaction() as db:
+            software = f"torch {torch.__version__}, python {platform.python_version()}"
+            insert = "INSERT INTO passes (batch, threads, software, created) VALUES (?,?,?,?)"
+            pass_id = db.execute(insert, (how.batch, how.threads, software, now)).lastrowid
+            assert pass_id is not None
+            for model in {entry.key.scope.model for entry in entries}:
+                db.execute("INSERT OR REPLACE INTO models VALUES (?,?)", (model, how.model_name))
+            taken = self.index.insert(db, pass_id, rows, tokens)
+            db.executemany("DELETE FROM claims WHERE pass = ?", [(digest,) for digest in release])
+            gone = set()
+            for writer, some in grown:
+                added = sum(entry.key not in taken for entry in some)
+                update = "UPDATE shards SET bytes = ?, entries = entries + ?, used = ? WHERE id = ? AND file = ?"
+                if not db.execute(update, (writer.end, added, now, writer.shard, writer.name)).rowcount:
+                    gone.add(writer.shard)
+            if gone:
+                db.execute("ROLLBACK")
+        if gone:
+            self._writers.forget(gone)
+            self._writers.rollback()
+            return None
+        self._writers.settle()
         return taken
 
-    def _append(self, model: str, entry: NewEntry) -> tuple[int, int]:
-        series = (model, entry.hook)
-        writer = self._writers.get(series)
-        if writer is None or writer.end + len(entry.data) > SHARD_BYTES:
-            if writer is not None:
-                self._close(series)
-            writer = self._writers[series] = self._new_shard(*series)
-        offset = writer.end
-        view = memoryview(entry.data)
-        while view:
-            view = view[os.write(writer.file, view) :]
-        writer.end += len(entry.data)
-        return writer.shard, offset
+    # ---- claims: what is being computed, by whom ----
 
-    def _new_shard(self, model: str, hook: str) -> _Writer:
-        """The index row comes before the file, so that a file without a row is always a leftover."""
-        name = f"{uuid.uuid4().hex}.rows"
-        with self._db() as db:
-            insert = "INSERT INTO shards (file, model, hook, bytes, used) VALUES (?,?,?,0,?)"
-            shard = db.execute(insert, (name, model, hook, time.time())).lastrowid
-        assert shard is not None
-        return _Writer(shard, os.open(self.root / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644), 0)
+    def claim(self, passes: Sequence[bytes]) -> set[bytes]:
+        """Those of these forward passes that no other store, in this process or another, is computing.
 
-    def _close(self, series: tuple[str, str]) -> None:
-        os.close(self._writers.pop(series).file)
+        A claim dies with its process: every store that computes holds a lock on a file of its own.
+        """
+        with self._lock, self.index.guard():
+            if self._owner is None:
+                self._owner = _new_owner(self.root)
+                weakref.finalize(self, _release_owner, self.root / self._owner[0], self._owner[1], os.getpid())
+            ours = self._owner[0]
+            return self.index.claim(passes, ours, lambda name: name == ours or _locked(self.root / name))
+
+    def release(self, passes: Iterable[bytes]) -> None:
+        with self.index.guard():
+            self.index.release(passes)
 
     # ---- space ----
 
     def totals(self) -> tuple[int, int]:
-        """Entries and bytes."""
-        db = self._db()
-        (entries,) = db.execute("SELECT count(*) FROM entries").fetchone()
-        (size,) = db.execute("SELECT coalesce(sum(bytes), 0) FROM shards").fetchone()
+        """Entries and bytes; both count damaged and overtaken entries until their shard goes."""
+        with self.index.guard():
+            query = "SELECT coalesce(sum(entries), 0), coalesce(sum(bytes), 0) FROM shards"
+            entries, size = self.index.db().execute(query).fetchone()
         return entries, size
 
     def evict(self, *, model: str | None = None, hook: str | None = None, keep_bytes: int = 0) -> int:
         """Drop shards, least recently used first, until at most `keep_bytes` are left of those that match."""
-        with self._write_lock:
+        with self._lock, self.index.guard():
             return self._evict(model, hook, keep_bytes)
 
     def _evict(self, model: str | None, hook: str | None, keep_bytes: int) -> int:
-        db = self._db()
         query = """SELECT id, file, bytes FROM shards
                    WHERE (?1 IS NULL OR model = ?1) AND (?2 IS NULL OR hook = ?2) ORDER BY used"""
-        shards = db.execute(query, (model, hook)).fetchall()
+        shards = self.index.db().execute(query, (model, hook)).fetchall()
+        pinned = self.index.pinned_shards()
         left = sum(size for _, _, size in shards)
         freed = 0
         for shard, file, size in shards:
             if left <= keep_bytes:
                 break
-            for series, writer in list(self._writers.items()):
-                if writer.shard == shard:
-                    self._close(series)
-            with db:  # index first: a row must never point at a file that is gone
-                db.execute("DELETE FROM entries WHERE shard = ?", (shard,))
-                db.execute("DELETE FROM shards WHERE id = ?", (shard,))
+            if shard in pinned:
+                continue
+            self._writers.forget({shard})
+            self.index.forget_shard(shard)  # index first: an entry must never point at a file that is gone
             (self.root / file).unlink(missing_ok=True)
-            with self._map_lock:
-                self._maps.pop(shard, None)
+            self._readers.close(file)
             left -= size
             freed += size
         return freed
 
+    def room(self) -> int:
+        """Bytes that can be stored once everything that is not pinned has been evicted."""
+        with self.index.guard():
+            return self.budget - self._pinned_bytes()
+
+    def _pinned_bytes(self) -> int:
+        pinned = self.index.pinned_shards()
+        if not pinned:
+            return 0
+        return sum(size for id, size in self.index.db().execute("SELECT id, bytes FROM shards") if id in pinned)
+
     def _make_room(self, nbytes: int) -> None:
-        if nbytes > self.budget:
-            raise UserError(
-                f"one batch of activations takes {nbytes:,} bytes, more than the disk budget of {self.budget:,}; "
-                "raise WORKBENCH_STORE_DISK or ask for fewer sites."
-            )
+        _, size = self.totals()
+        if size + nbytes <= self.budget:
+            return
+        self._evict(None, None, self.budget - nbytes)
         _, size = self.totals()
         if size + nbytes > self.budget:
-            self._evict(None, None, self.budget - nbytes)
+            raise UserError(
+                f"one batch of activations takes {nbytes:,} bytes, more than is left of the disk budget of "
+                f"{self.budget:,} ({self._pinned_bytes():,} are pinned); raise WORKBENCH_STORE_DISK, unpin, or ask "
+                "for fewer sites."
+            )
+
+    # ---- upkeep ----
 
     def verify(self) -> Iterator[str]:
-        """Read everything; yields one sentence per damaged row."""
-        query = """SELECT key, shard, offset, nbytes, checksum, file, hook
-                   FROM entries JOIN shards ON shard = id ORDER BY shard, offset"""
-        for key, shard, offset, nbytes, checksum, file, hook in self._db().execute(query):
-            data = self._bytes(shard, file, offset, nbytes)
-            if data is None:
-                yield f"{key.hex()} ({hook}): {file} ends before byte {offset + nbytes}"
-            elif xxhash.xxh3_64_hexdigest(data) != checksum:
-                yield f"{key.hex()} ({hook}): bytes {offset} to {offset + nbytes} of {file} do not match their checksum"
+        """Read everything; yields one sentence per damaged entry."""
+        with self.index.guard():
+            for (sentence,) in self.index.db().execute("PRAGMA quick_check"):
+                if sentence != "ok":
+                    yield f"the index is damaged: {sentence}"
+            for key, place, tokens in self.index.everything():
+                raw = fresh(key, place.nbytes)
+                try:
+                    got = self._readers.read(place.file, place.offset, [raw])
+                except FileNotFoundError:
+                    got = 0
+                if sequence_digest(tokens) != key.sequence:
+                    yield f"{key.sequence.hex()} ({key.scope.hook}): its token ids do not match its digest"
+                elif got < place.nbytes:
+                    yield f"{_damage(key, place)}: the file ends before"
+                elif checksum([raw.numpy().data], key, place.shape, place.error) != place.checksum:
+                    yield f"{_damage(key, place)}: it does not match its checksum"
 
     def _remove_leftovers(self) -> None:
-        """Delete shard files that no index row names: an eviction was killed between index and file."""
-        files = list(
-            self.root.glob("*.rows")
-        )  # listed before the index is read: a new shard's row is older than its file
-        known = {file for (file,) in self._db().execute("SELECT file FROM shards")}
-        for path in files:
-            if path.name not in known:
-                path.unlink(missing_ok=True)
+        """Delete shard files that no index row names (an eviction was killed between index and file), and the lock
+        files of stores that have gone."""
+        # Listed before the index is read: a new shard's row is older than its file.
+        files = list(self.root.glob("*.rows"))
+        with self.index.guard():
+            known = {file for (file,) in self.index.db().execute("SELECT file FROM shards")}
+            for path in files:
+                if path.name not in known:
+                    path.unlink(missing_ok=True)
+            for path in self.root.glob("*.owner"):
+                if not _locked(path):
+                    self.index.db().execute("DELETE FROM claims WHERE owner = ?", (path.name,))
+                    path.unlink(missing_ok=True)
 
-    def _db(self) -> sqlite3.Connection:
-        """One connection per thread."""
-        db: sqlite3.Connection | None = getattr(self._local, "db", None)
-        if db is None:
-            db = sqlite3.connect(self.root / "index.sqlite", timeout=60)
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = NORMAL")
-            self._local.db = db
-        return db
+
+def _runs(places: Sequence[tuple[Key, Place]]) -> Iterator[list[tuple[Key, Place]]]:
+    """Neighbours in one file, up to 16 MB together."""
+    run: list[tuple[Key, Place]] = []
+    size = 0
+    for item in places:
+        last = run[-1][1] if run else None
+        place = item[1]
+        if last and (last.file != place.file or last.offset + last.nbytes != place.offset or size > 2**24):
+            yield run
+            run, size = [], 0
+        run.append(item)
+        size += place.nbytes
+    if run:
+        yield run
+
+
+def _damage(key: Key, place: Place) -> str:
+    return (
+        f"stored activation {key.sequence.hex()} at {key.scope.hook}, bytes {place.offset} to "
+        f"{place.offset + place.nbytes} of {place.file}, is damaged"
+    )
+
+
+def _locked(path: Path) -> bool:
+    """Whether the store that owns this lock file is alive."""
+    try:
+        file = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
+def _reset(disk: weakref.ref[Disk]) -> None:
+    this = disk()
+    if this is not None:
+        this._reset()
+
+
+def _close(writers: Writers, readers: Readers) -> None:
+    writers.close_all()
+    readers.close_all()
+
+
+def _new_owner(root: Path) -> tuple[str, int]:
+    """Locked before it has its name, so that nobody finds it unlocked while we live."""
+    name = uuid.uuid4().hex
+    file = os.open(root / name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    os.rename(root / name, root / f"{name}.owner")
+    return f"{name}.owner", file
+
+
+def _release_owner(path: Path, file: int, pid: int) -> None:
+    if pid == os.getpid():  # a forked child shares the lock with its parent, who may still hold claims
+        path.unlink(missing_ok=True)
+        os.close(file)

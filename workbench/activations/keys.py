@@ -1,14 +1,17 @@
-"""What makes two activations the same: the key of one sequence at one hook point.
+"""What makes two activations the same.
 
-A digest of the model's weights, the numerics that change values (compute dtype, attention kernel, device type), the
-exact token ids, the hook point, the codec and the interventions in force. Which batch a sequence was computed in, in
-what order, and which tool asked are no part of it.
+An entry of the store is one sequence at one hook point. Its key has two parts. The *scope* is all that decides the
+value besides the tokens: the model's weights, the numerics (compute dtype, attention kernel, device type), the hook
+point, the codec, and the interventions in force. The *sequence* is a digest of the exact token ids. Which batch a
+sequence was computed in, in what order, and which tool asked are no part of either.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,19 +24,66 @@ from workbench.sites import Site
 Edits = Mapping[str | Site, Intervention]
 
 
-def keys(
-    model: LanguageModel, sequences: Sequence[Tensor], hooks: Iterable[str], codec: str, edits: Edits | None
-) -> dict[tuple[int, str], bytes]:
-    """The key of each (index of sequence, hook point): 16 bytes."""
+class Scope(NamedTuple):
+    """Everything but the tokens."""
+
+    model: str  # fingerprint of the weights
+    numerics: str
+    hook: str
+    codec: str
+    edit: str  # digest of the interventions, "" for none
+
+    @property
+    def digest(self) -> bytes:
+        return _digest("\0".join(self))
+
+
+class Key(NamedTuple):
+    scope: Scope
+    sequence: bytes  # 16-byte digest of the token ids
+
+
+def scopes(
+    model: LanguageModel, hooks: Sequence[str], codec: str, edits: Edits | None, canonical: bool = False
+) -> dict[str, Scope]:
+    """The scope of each hook point.
+
+    A canonical scope holds only values computed with the sequence alone in its batch, at this number of threads:
+    recomputing one of them on the same machine and software gives the same bits.
+    """
+    numerics = model.numerics + (f"-alone-{torch.get_num_threads()}threads" if canonical else "")
     # In the order in which they are applied: two edits of one tensor need not commute.
-    edit_key = "".join(f"{tuple(_site(site))}:{_key(edit)};" for site, edit in (edits or {}).items())
-    scopes = {hook: f"{model.fingerprint}/{model.numerics}/{hook}/{codec}/{edit_key}/".encode() for hook in hooks}
-    contents = [tokens.to("cpu", torch.int64).contiguous().numpy().tobytes() for tokens in sequences]
-    return {
-        (i, hook): hashlib.blake2b(scope + content, digest_size=16).digest()
-        for hook, scope in scopes.items()
-        for i, content in enumerate(contents)
-    }
+    edit = "".join(f"{tuple(_site(site))}:{_key(edit)};" for site, edit in (edits or {}).items())
+    edit = _digest(edit).hex() if edit else ""
+    return {hook: Scope(model.fingerprint, numerics, hook, codec, edit) for hook in hooks}
+
+
+def token_bytes(tokens: Tensor) -> bytes:
+    """Token ids as int64, little-endian: as they are digested and stored."""
+    return tokens.to("cpu", torch.int64).contiguous().numpy().astype("<i8", copy=False).tobytes()
+
+
+def sequence_digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def sequence_digests(sequences: Sequence[Tensor] | Tensor) -> list[bytes]:
+    if isinstance(sequences, Tensor):  # one conversion for all
+        rows = sequences.to("cpu", torch.int64).contiguous().numpy().astype("<i8", copy=False)
+        return [sequence_digest(row.tobytes()) for row in rows]
+    return [sequence_digest(token_bytes(one)) for one in sequences]
+
+
+def pass_digest(scope: Scope, sequence: bytes) -> bytes:
+    """One sequence's forward pass, whatever is read from it: what a process claims while it computes."""
+    return hashlib.blake2b(
+        "\0".join((scope.model, scope.numerics, scope.edit)).encode() + sequence, digest_size=16
+    ).digest()
+
+
+@lru_cache(maxsize=65536)
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _site(site: str | Site) -> Site:

@@ -1,69 +1,40 @@
 """ActivationStore: activations by content, computed at most once.
 
-`get` looks in memory, then on disk, then runs the model once for whatever is missing: one forward pass serves every
-missing hook point of a sequence and stops after the deepest. Sequences of equal length are batched; nothing is padded.
+`get` looks on the device, in memory, then on disk, then runs the model once for whatever is missing: one forward pass
+serves every missing hook point of a sequence and stops after the deepest. Sequences of equal length are batched.
 Values are stored per sequence, so any other batch, order or tool finds them again. The first stored value is the one
 everybody gets; a recomputation would agree to float rounding (other batch shapes change float32 by up to 1e-6).
 """
 
 from __future__ import annotations
 
+import copy
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
-from workbench import settings, sites
-from workbench.activations import codecs
-from workbench.activations.disk import Disk, NewEntry
-from workbench.activations.keys import Edits, keys
-from workbench.activations.memory import Memory
-from workbench.backend import ModelConfig
+from workbench import settings
+from workbench.activations import capture, codecs, inventory, keys
+from workbench.activations.capture import Clock
+from workbench.activations.computing import Computing, Request, Row, stored
+from workbench.activations.disk import Disk, fresh
+from workbench.activations.inventory import Estimate, Manifest, Series, Stats
+from workbench.activations.keys import Edits, Key, Scope
+from workbench.activations.memory import Memory, free_bytes
+from workbench.activations.streams import Stream
 from workbench.errors import UserError, unknown
 from workbench.models import LanguageModel
 
-BATCH_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a request would cost before it is made. Seconds come from the passes this store has timed, or, before the
-    first one, from a short matrix product; they are good to a factor of about two."""
-
-    entries: int
-    missing: int
-    bytes: int
-    missing_bytes: int
-    peak_bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Counts since this store was opened, and what it holds."""
-
-    memory_hits: int
-    disk_hits: int
-    computed: int
-    forward_passes: int
-    seconds_computing: float
-    memory_entries: int
-    memory_bytes: int
-    memory_budget: int
-    disk_entries: int
-    disk_bytes: int
-    disk_budget: int
+Sequences = Sequence[Int[Tensor, "_"]] | Int[Tensor, "batch pos"]
+COUNTS = ("device_hits", "memory_hits", "disk_hits", "computed", "waited_for", "forward_passes")
 
 
 class ActivationStore:
-    """Safe under threads and processes; identical requests in two threads compute once."""
+    """Safe under threads, processes and forks; what two of them ask for at once is computed once."""
 
     def __init__(
         self,
@@ -71,148 +42,96 @@ class ActivationStore:
         *,
         memory_bytes: int | None = None,
         disk_bytes: int | None = None,
+        device_bytes: int | None = None,
         codec: str = "float32",
     ):
         """A store in `root` (default: `store` under WORKBENCH_HOME), with budgets in bytes for each tier."""
         if codec not in codecs.CODECS:
             raise unknown("codec", codec, codecs.CODECS)
         self.codec = codec
-        self.memory = Memory(settings.store_memory() if memory_bytes is None else memory_bytes)
         self.disk = Disk(root or settings.home() / "store", settings.store_disk() if disk_bytes is None else disk_bytes)
-        self._in_flight: dict[bytes, Future[Tensor]] = {}
+        self._pins = inventory.Pins(self.disk.index)
+        self.memory = Memory(settings.store_memory() if memory_bytes is None else memory_bytes, self._pins.covers)
+        self.device = Memory(settings.store_device() if device_bytes is None else device_bytes, self._pins.covers)
         self._lock = threading.Lock()
-        self._counts = dict.fromkeys(("memory_hits", "disk_hits", "computed", "forward_passes"), 0)
-        self._seconds = 0.0
-        self._flops = 0.0
+        self._clock = Clock()
+        self._counts = dict.fromkeys(COUNTS, 0)
+        self.used: dict[Scope, set[bytes]] | None = None
+
+    def session(self) -> ActivationStore:
+        """The same store with counts of its own and a record of the entries `used`: what one run did."""
+        other = copy.copy(self)
+        other._counts = dict.fromkeys(COUNTS, 0)
+        other._clock = Clock()
+        other.used = {}
+        return other
 
     # ---- the request ----
 
     def get(
         self,
         model: LanguageModel,
-        sequences: Sequence[Int[Tensor, "_"]] | Int[Tensor, "batch pos"],
+        sequences: Sequences,
         hooks: Sequence[str],
         *,
         edit: Edits | None = None,
+        device: str | torch.device = "cpu",
+        max_error: float | None = None,
+        canonical: bool = False,
     ) -> dict[str, list[Float[Tensor, "_ ..."]]]:
-        """The activations of each sequence at each hook point, in order; copies, float32, on the CPU.
+        """The activations of each sequence at each hook point, in order; float32, the caller's own.
 
-        Raises UserError for unknown hook points, interventions without a key, and a disk that cannot be written.
+        edit       interventions in force, part of the key
+        device     where to have them; on a GPU they are kept there too
+        max_error  the largest relative error of a row that the codec may have made
+        canonical  only values computed with the sequence alone in its batch: bitwise reproducible, slower
+
+        Raises UserError for unknown hook points, interventions without a key, a request larger than the memory that is
+        free, a stored error above `max_error`, and a disk that cannot be written.
         """
-        sequences = list(sequences)
-        wanted = keys(model, sequences, hooks, self.codec, edit)
-        rows: dict[bytes, Tensor] = {}
-        for key in set(wanted.values()):
-            row = self.memory.get(key)
-            if row is not None:
+        request = self._request(model, sequences, hooks, edit, canonical)
+        self._refuse_what_cannot_fit(request)
+        wanted = request.keys()
+        rows: dict[Key, Tensor] = {}
+        target = torch.device(device)
+        if target.type != "cpu":
+            rows = self._on_device(request, wanted, target, max_error)
+        else:
+            for key, row, error in self._rows(request, wanted):
+                _check_error(key, error, max_error)
                 rows[key] = row
-        self._count("memory_hits", len(rows))
-        rows |= self._from_disk([key for key in set(wanted.values()) if key not in rows])
-        missing = {place: key for place, key in wanted.items() if key not in rows}
-        if missing:
-            rows |= self._compute_or_wait(model, sequences, missing, edit)
-        return {hook: [rows[wanted[i, hook]].clone() for i in range(len(sequences))] for hook in hooks}
+        handed: set[Key] = set()
 
-    def _from_disk(self, missing: Sequence[bytes]) -> dict[bytes, Tensor]:
-        rows = {}
-        for key, entry in self.disk.read(missing).items():
-            rows[key] = codecs.decode(entry.data, entry.shape, entry.codec)
-            self.memory.put(key, rows[key])
-        self._count("disk_hits", len(rows))
-        return rows
+        def own(key: Key) -> Tensor:
+            """The same sequence twice in one request: two tensors."""
+            if key in handed:
+                return rows[key].clone()
+            handed.add(key)
+            return rows[key]
 
-    def _compute_or_wait(
-        self,
-        model: LanguageModel,
-        sequences: Sequence[Tensor],
-        missing: Mapping[tuple[int, str], bytes],
-        edit: Edits | None,
-    ) -> dict[bytes, Tensor]:
-        """Compute what nobody else is computing, then wait for the rest."""
-        mine: dict[bytes, tuple[int, str]] = {}
-        theirs: dict[bytes, Future[Tensor]] = {}
-        with self._lock:
-            for place, key in missing.items():
-                if key in self._in_flight and key not in mine:
-                    theirs[key] = self._in_flight[key]
-                elif key not in mine:
-                    mine[key] = place
-                    self._in_flight[key] = Future()
-        rows: dict[bytes, Tensor] = {}
-        try:
-            # Somebody may have stored a row between our look-up and our claim.
-            rows |= self._from_disk(list(mine))
-            todo = {place: key for key, place in mine.items() if key not in rows}
-            for done in self._compute(model, sequences, todo, edit):
-                rows |= done
-            for key in mine:
-                self._in_flight[key].set_result(rows[key])
-        except BaseException as error:
-            for key in mine:
-                if not self._in_flight[key].done():
-                    self._in_flight[key].set_exception(error)
-            raise
-        finally:
-            with self._lock:
-                for key in mine:
-                    del self._in_flight[key]
-        return rows | {key: future.result() for key, future in theirs.items()}
+        return {
+            hook: [own(Key(scope, digest)) for digest in request.sequences] for hook, scope in request.scopes.items()
+        }
 
-    def _compute(
-        self,
-        model: LanguageModel,
-        sequences: Sequence[Tensor],
-        todo: Mapping[tuple[int, str], bytes],
-        edit: Edits | None,
-    ) -> Iterator[dict[bytes, Tensor]]:
-        """One pass per batch of equally long sequences that miss the same hook points; stored batch by batch."""
-        hooks_of: dict[int, list[str]] = {}
-        for i, hook in todo:
-            hooks_of.setdefault(i, []).append(hook)
-        groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
-        for i, missing in hooks_of.items():
-            groups.setdefault((len(sequences[i]), tuple(sorted(missing))), []).append(i)
-        batches: list[tuple[list[int], tuple[str, ...]]] = []
-        for (length, hooks), members in sorted(groups.items()):
-            size = max(1, BATCH_TOKENS // max(1, length))
-            batches += [(members[start : start + size], hooks) for start in range(0, len(members), size)]
-        for members, hooks in tqdm(
-            batches, desc="activations", disable=None if len(batches) > 2 else True, leave=False
-        ):
-            tokens = torch.stack([sequences[i] for i in members])
-            started = time.perf_counter()
-            found = model.run(tokens, capture=hooks, edit=dict(edit) if edit else None, logits="none")
-            self._note_pass(model, tokens, hooks, time.perf_counter() - started)
-            yield self._keep(model, tokens, {(i, h): found[h][n] for n, i in enumerate(members) for h in hooks}, todo)
-
-    def _keep(
-        self,
-        model: LanguageModel,
-        tokens: Tensor,
-        values: Mapping[tuple[int, str], Tensor],
-        todo: Mapping[tuple[int, str], bytes],
-    ) -> dict[bytes, Tensor]:
-        """Store what a pass gave. What is returned is what was stored, be it ours or another process's."""
-        shape = "x".join(map(str, tokens.shape))
-        entries, rows = [], {}
-        for (i, hook), value in values.items():
-            key = todo[i, hook]
-            encoded = codecs.encode(value, self.codec)
-            entries.append(NewEntry(key, hook, encoded.data, tuple(value.shape), self.codec, encoded.error, shape))
-            rows[key] = encoded.decoded.clone()  # a row of its own: a view would keep the whole batch in memory
-        taken = self.disk.write(model.fingerprint, entries)
-        for key, entry in self.disk.read(list(taken)).items():
-            rows[key] = codecs.decode(entry.data, entry.shape, entry.codec)
-        for key, row in rows.items():
-            self.memory.put(key, row)
-        return rows
-
-    # ---- streaming ----
+    def fill(
+        self, model: LanguageModel, sequences: Sequences, hooks: Sequence[str], *, edit: Edits | None = None,
+        canonical: bool = False,
+    ) -> None:  # fmt: skip
+        """Compute and store what is missing, and return nothing: memory does not grow with the number of sequences."""
+        request = self._request(model, sequences, hooks, edit, canonical)
+        digests = list(request.tokens)
+        size = max(1, 2**16 // max(1, len(hooks)))
+        for start in range(0, len(digests), size):
+            some = request.keys(digests[start : start + size])
+            here = self.disk.has(some)
+            for _ in self._computing(request).rows(key for key in some if key not in here):
+                pass
+            self._note_used(some)
 
     def stream(
         self,
         model: LanguageModel,
-        sequences: Sequence[Int[Tensor, "_"]],
+        sequences: Sequence[Int[Tensor, "_"]] | Int[Tensor, "batch pos"],
         hooks: Sequence[str],
         *,
         rows: int = 4096,
@@ -220,87 +139,158 @@ class ActivationStore:
         seed: int = 0,
         start: int = 0,
         edit: Edits | None = None,
-    ) -> Iterator[dict[str, Float[Tensor, "rows *rest"]]]:
-        """Batches of `rows` activation rows (one row per token) in shuffled order, aligned over the hook points.
+    ) -> Stream:
+        """Batches of `rows` activation rows (one per token) in shuffled order, aligned over the hook points.
 
-        Shuffle: the sequences are permuted, cut into windows of about `window` tokens, and the rows of each window
-        permuted; only one window is in memory. Each row comes exactly once (the last, incomplete batch included). The
-        order depends on `seed` alone; `start` is the number of batches to skip, which skips whole windows unread.
+        Works on a store larger than memory; see `Stream` for the shuffle and how to resume at `start`.
         """
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(sequences), generator=generator).tolist()
-        windows: list[list[int]] = [[]]
-        filled = 0
-        for i in order:
-            if filled >= window:
-                windows.append([])
-                filled = 0
-            windows[-1].append(i)
-            filled += len(sequences[i])
-        skip = start * rows
-        held: dict[str, Tensor] = {}
-        for number, members in enumerate(windows):
-            length = sum(len(sequences[i]) for i in members)
-            if skip >= length:
-                skip -= length
-                continue
-            found = self.get(model, [sequences[i] for i in members], hooks, edit=edit)
-            shuffle = torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + number + 1))
-            for hook in hooks:
-                fresh = torch.cat(found.pop(hook))[shuffle][skip:]
-                held[hook] = torch.cat([held[hook], fresh]) if hook in held else fresh
-            skip = 0
-            count = len(held[hooks[0]])
-            for offset in range(0, count - count % rows, rows):
-                yield {hook: held[hook][offset : offset + rows] for hook in hooks}
-            held = {hook: held[hook][count - count % rows :] for hook in hooks}
-        if held and len(held[hooks[0]]):
-            yield held
+        request = self._request(model, sequences, hooks, edit, False)
+        lengths = [len(request.tokens[digest]) for digest in request.sequences]
+        shapes = {hook: capture.shape_at(hook, model.config, 1) for hook in hooks}
+
+        def load(members: Sequence[int]) -> dict[str, Tensor]:
+            return self._window(request, [request.sequences[i] for i in members], shapes)
+
+        return Stream(load, lengths, list(hooks), rows=rows, window=window, seed=seed, start=start)
+
+    def _request(
+        self, model: LanguageModel, sequences: Sequences, hooks: Sequence[str], edit: Edits | None, canonical: bool
+    ) -> Request:
+        for hook in hooks:
+            if hook not in model.hook_points:
+                raise unknown(f"hook point of {model.name}", hook, model.hook_points)
+        digests = keys.sequence_digests(sequences)
+        return Request(
+            model=model,
+            scopes=keys.scopes(model, list(dict.fromkeys(hooks)), self.codec, edit, canonical),
+            sequences=digests,
+            tokens=dict(zip(digests, sequences, strict=True)),
+            edit=edit,
+            alone=canonical,
+        )
+
+    # ---- tiers ----
+
+    def _rows(
+        self,
+        request: Request,
+        wanted: Sequence[Key],
+        *,
+        admit: bool = True,
+        own: bool = True,
+        allocate: Callable[[Key, int], Tensor] = fresh,
+    ) -> Iterator[Row]:
+        """Each key with its row. `admit`: keep a copy in memory. Without `own` the row may be the memory tier's."""
+        held = self.memory.get(wanted)
+        self._count("memory_hits", len(held))
+        self._note_used(held)
+        for key, (row, error) in held.items():
+            yield key, row.clone() if own else row, error
+        missing = {key for key in wanted if key not in held}
+        for key, row, error in stored(self.disk, self.codec, missing, allocate):
+            self._count("disk_hits", 1)
+            missing.discard(key)
+            yield self._taken(key, row, error, admit)
+        for key, row, error in self._computing(request).rows(missing):
+            yield self._taken(key, row, error, admit)
+
+    def _taken(self, key: Key, row: Tensor, error: float, admit: bool) -> Row:
+        if admit:
+            self._remember(key, row, error)
+        self._note_used([key])
+        return key, row, error
+
+    def _computing(self, request: Request) -> Computing:
+        return Computing(self.disk, self.codec, self._clock, self._count, request)
+
+    def _remember(self, key: Key, row: Tensor, error: float) -> None:
+        """A copy for the memory tier; pinned where a GPU will want it, so that it can travel beside the computation."""
+        if row.numel() * row.element_size() > self.memory.budget:
+            return
+        mine = torch.empty(row.shape, dtype=row.dtype, pin_memory=torch.cuda.is_available())
+        self.memory.put(key, mine.copy_(row), error)
+
+    def _on_device(
+        self, request: Request, wanted: Sequence[Key], device: torch.device, max_error: float | None
+    ) -> dict[Key, Tensor]:
+        """Rows on a GPU: those that are there already, then the rest through the host."""
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"device {str(device)!r} was asked for, but torch sees no GPU; leave device out.")
+        rows: dict[Key, Tensor] = {}
+        for key, (row, error) in self.device.get(wanted).items():
+            if row.device == device or device.index is None:
+                _check_error(key, error, max_error)
+                rows[key] = row.clone()
+        self._count("device_hits", len(rows))
+        self._note_used(rows)
+        for key, row, error in self._rows(request, [key for key in wanted if key not in rows], own=False):
+            _check_error(key, error, max_error)
+            rows[key] = row.to(device, non_blocking=True)
+            self.device.put(key, rows[key].clone(), error)
+        return rows
+
+    def _window(
+        self, request: Request, digests: Sequence[bytes], shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Tensor]:
+        """The rows of some sequences, one after the other; stored float32 ones are read right into place."""
+        total = sum(len(request.tokens[digest]) for digest in digests)
+        into = {hook: torch.empty(total, *shape[1:]) for hook, shape in shapes.items()}
+        first: dict[bytes, int] = {}
+        place = 0
+        places: list[tuple[int, int, bytes]] = []
+        for digest in digests:
+            end = place + len(request.tokens[digest])
+            places.append((place, end, digest))
+            first.setdefault(digest, place)
+            place = end
+
+        def part(key: Key) -> Tensor:
+            start = first[key.sequence]
+            return into[key.scope.hook][start : start + len(request.tokens[key.sequence])]
+
+        def allocate(key: Key, nbytes: int) -> Tensor:
+            if self.codec != "float32":
+                return fresh(key, nbytes)
+            return part(key).view(-1).view(torch.uint8)
+
+        for key, row, _ in self._rows(request, request.keys(digests), admit=False, allocate=allocate):
+            target = part(key)
+            if target.data_ptr() != row.data_ptr():
+                target.copy_(row)
+        for start, end, digest in places:  # a sequence that comes again
+            if first[digest] != start:
+                for x in into.values():
+                    x[start:end] = x[first[digest] : first[digest] + end - start]
+        return into
 
     # ---- costs and upkeep ----
 
     def estimate(
         self,
         model: LanguageModel,
-        sequences: Sequence[Int[Tensor, "_"]] | Int[Tensor, "batch pos"],
+        sequences: Sequences,
         hooks: Sequence[str],
         *,
         edit: Edits | None = None,
+        canonical: bool = False,
     ) -> Estimate:
         """Bytes, seconds and peak memory of a request, without making it."""
-        sequences = list(sequences)
-        for hook in hooks:
-            if hook not in model.hook_points:
-                raise unknown(f"hook point of {model.name}", hook, model.hook_points)
-        wanted = keys(model, sequences, hooks, self.codec, edit)
-        unique = {key: place for place, key in wanted.items()}
-        here = {key for key in unique if self.memory.get(key) is not None}
-        here |= self.disk.has([key for key in unique if key not in here])
-        missing = [key for key in unique if key not in here]
-        deepest: dict[int, int] = {}
-        for key in missing:
-            i, hook = unique[key]
-            deepest[i] = max(deepest.get(i, 0), sites.depth(hook)[0] + 1)
-        flops = sum(_flops(model.config, len(sequences[i]), layers) for i, layers in deepest.items())
-        shapes = {key: shape_at(hook, model.config, len(sequences[i])) for key, (i, hook) in unique.items()}
-        sizes = {key: codecs.size(shape, self.codec) for key, shape in shapes.items()}
-        exact = {key: codecs.size(shape, "float32") for key, shape in shapes.items()}
-        widest = max((sum(exact[wanted[i, h]] for h in hooks) / len(sequences[i]) for i, _ in wanted), default=0)
-        returned = sum(exact[key] for key in wanted.values())
-        return Estimate(
-            entries=len(unique),
-            missing=len(missing),
-            bytes=sum(sizes.values()),
-            missing_bytes=sum(sizes[key] for key in missing),
-            peak_bytes=returned + sum(exact.values()) + int(widest * BATCH_TOKENS),
-            seconds=flops / self._speed(model) if flops else 0.0,
-        )
+        request = self._request(model, sequences, hooks, edit, canonical)
+        wanted = request.keys()
+        here = set(self.memory.get(wanted))
+        here |= self.disk.has(key for key in wanted if key not in here).keys()
+        missing = [key for key in wanted if key not in here]
+        return inventory.estimate(request.model, self.codec, request.tokens, request.sequences, wanted, missing,
+                                  self._clock, request.alone)  # fmt: skip
 
     def stats(self) -> Stats:
         entries, size = self.disk.totals()
         return Stats(
             **self._counts,
-            seconds_computing=self._seconds,
+            seconds_computing=self._clock.seconds,
+            device_entries=len(self.device),
+            device_bytes=self.device.bytes,
+            device_budget=self.device.budget if torch.cuda.is_available() else 0,
             memory_entries=len(self.memory),
             memory_bytes=self.memory.bytes,
             memory_budget=self.memory.budget,
@@ -309,53 +299,66 @@ class ActivationStore:
             disk_budget=self.disk.budget,
         )
 
+    def series(self) -> list[Series]:
+        """What is on disk, by model and hook point."""
+        return inventory.series(self.disk.index)
+
+    def show(self, *, sequence: str = "", hook: str = "", run: str = "", limit: int = 100) -> list[Manifest]:
+        """Entries on disk: by the first letters of a sequence's digest, by hook point, by a run that used them.
+
+        Raises UserError when nothing matches.
+        """
+        return inventory.manifests(self.disk.index, sequence=sequence, hook=hook, run=run, limit=limit)
+
     def verify(self) -> list[str]:
-        """Read every stored row and compare it with its checksum; one sentence per damaged row."""
+        """Read every stored entry and compare it with its checksum; one sentence per damaged entry."""
         return list(self.disk.verify())
 
     def evict(self, *, model: str | None = None, hook: str | None = None, keep_bytes: int = 0) -> int:
         """Drop stored activations of a model (fingerprint) or hook point, least recently used first, until `keep_bytes`
-        are left of them. Returns the bytes freed."""
+        are left of them. Returns the bytes freed on disk; what is pinned stays."""
         if keep_bytes < 0:
             raise UserError(f"keep_bytes={keep_bytes} is negative; give the bytes that may stay.")
-        self.memory.clear()
+        self.memory.drop()
+        self.device.drop()
         return self.disk.evict(model=model, hook=hook, keep_bytes=keep_bytes)
+
+    def pin(self, *, model: str = "", hook: str = "", run: str = "") -> None:
+        """Keep the activations of a model (fingerprint), a hook point or a run from eviction, in every tier."""
+        self._pins.add(model, hook, run)
+        self.memory.sort_pins()
+        self.device.sort_pins()
+
+    def unpin(self, *, model: str = "", hook: str = "", run: str = "") -> None:
+        """Take a pin back. Raises UserError if there is none."""
+        self._pins.remove(model, hook, run)
+        self.memory.sort_pins()
+        self.device.sort_pins()
+
+    def _refuse_what_cannot_fit(self, request: Request) -> None:
+        config, hooks = request.model.config, list(request.scopes)
+        size = sum(capture.captured_bytes(config, len(request.tokens[digest]), hooks) for digest in request.sequences)
+        free = free_bytes()
+        if size > free:
+            raise UserError(
+                f"{len(request.sequences):,} sequences at {len(hooks)} hook points are {size / 1e9:,.1f} GB, but "
+                f"{free / 1e9:,.1f} GB of memory are free; use stream(), fewer hook points or fewer sequences."
+            )
 
     def _count(self, name: str, amount: int) -> None:
         with self._lock:
             self._counts[name] += amount
 
-    def _note_pass(self, model: LanguageModel, tokens: Tensor, hooks: Sequence[str], seconds: float) -> None:
-        layers = max(sites.depth(hook)[0] for hook in hooks) + 1
-        with self._lock:
-            self._counts["forward_passes"] += 1
-            self._counts["computed"] += len(hooks) * len(tokens)
-            self._seconds += seconds
-            self._flops += len(tokens) * _flops(model.config, tokens.shape[1], layers)
-
-    def _speed(self, model: LanguageModel) -> float:
-        """Floating-point operations per second: measured in this store's passes, else in a short matrix product."""
-        if self._seconds:
-            return self._flops / self._seconds
-        a = torch.randn(1024, 1024, device=model.device, dtype=model.dtype)
-        started = time.perf_counter()
-        float((a @ a @ a).sum())
-        return 2 * 2 * 1024**3 / (time.perf_counter() - started)
+    def _note_used(self, some: Iterable[Key]) -> None:
+        if self.used is not None:
+            with self._lock:
+                for key in some:
+                    self.used.setdefault(key.scope, set()).add(key.sequence)
 
 
-def shape_at(hook: str, c: ModelConfig, pos: int) -> tuple[int, ...]:
-    """Shape of one sequence's activation at a hook point."""
-    _, name = sites.split(hook)
-    if name in sites.PATTERN_HOOKS:
-        return (c.n_heads, pos, pos)
-    if name in sites.HEAD_HOOKS:
-        shared = name in ("attn.hook_k", "attn.hook_v", "attn.hook_rot_k")
-        width = c.d_model if name == "attn.hook_result" else c.d_head
-        return (pos, c.n_kv_heads if shared else c.n_heads, width)
-    return (pos, c.d_mlp if name.startswith("mlp.") else c.d_model)
-
-
-def _flops(c: ModelConfig, pos: int, layers: int) -> float:
-    """Multiply-adds, doubled, of the first `layers` blocks on one sequence."""
-    per_layer = (c.n_parameters - c.d_vocab * c.d_model) / c.n_layers
-    return 2.0 * pos * layers * (per_layer + pos * c.n_heads * c.d_head)
+def _check_error(key: Key, error: float, limit: float | None) -> None:
+    if limit is not None and not error <= limit:
+        raise UserError(
+            f"{key.scope.hook} is stored as {key.scope.codec} with a relative error of {error:.2g}, more than "
+            f"max_error={limit:g}; use a store with a finer codec, such as ActivationStore(codec='float32')."
+        )

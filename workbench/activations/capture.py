@@ -1,0 +1,154 @@
+"""Forward passes for activations that are missing: which sequences share one, and what it costs.
+
+A batch holds sequences of one length that miss the same hook points, as many as fit into 2,048 tokens and 256 MB of
+captured values; nothing is padded. A pass stops after the deepest hook point and never computes logits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from workbench import sites
+from workbench.activations.keys import Edits
+from workbench.backend import ModelConfig
+from workbench.errors import UserError
+from workbench.models import LanguageModel
+
+BATCH_TOKENS = 2048
+BATCH_BYTES = 256 * 10**6
+
+
+class Planned(NamedTuple):
+    """One forward pass: which sequences, read at which hook points."""
+
+    sequences: list[bytes]
+    hooks: tuple[str, ...]
+
+
+def plan(
+    config: ModelConfig, lengths: Mapping[bytes, int], missing: Mapping[bytes, Iterable[str]], alone: bool = False
+) -> list[Planned]:
+    """Batches for what each sequence is missing; `alone` puts every sequence in a batch of its own."""
+    groups: dict[tuple[int, tuple[str, ...]], list[bytes]] = {}
+    for sequence, hooks in missing.items():
+        groups.setdefault((lengths[sequence], tuple(sorted(hooks, key=sites.depth))), []).append(sequence)
+    batches = []
+    for (length, hooks), members in sorted(groups.items()):
+        each = captured_bytes(config, length, hooks)
+        size = 1 if alone else max(1, min(BATCH_TOKENS // max(1, length), BATCH_BYTES // each))
+        batches += [Planned(members[start : start + size], hooks) for start in range(0, len(members), size)]
+    return batches
+
+
+class Captured:
+    """What a pass read, on its way to the host.
+
+    From a GPU the copies run on a stream of their own, into pinned memory, while the next pass computes.
+    """
+
+    def __init__(self, found: Mapping[str, Tensor]):
+        self._host = dict(found)
+        self._arrived: torch.cuda.Event | None = None
+        device = next(iter(found.values())).device
+        if device.type == "cuda":
+            stream = _side_stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                self._host = {}
+                for hook, x in found.items():
+                    self._host[hook] = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+                    self._host[hook].copy_(x, non_blocking=True)
+                    x.record_stream(stream)
+                self._arrived = stream.record_event()
+
+    def host(self) -> dict[str, Tensor]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+def run(model: LanguageModel, tokens: Tensor, hooks: Sequence[str], edit: Edits | None) -> Captured:
+    """One forward pass. Raises UserError when it gives values that are not numbers."""
+    found = model.run(tokens, capture=hooks, edit=dict(edit) if edit else None, logits="none")
+    return Captured({hook: found[hook] for hook in hooks})
+
+
+def check_numbers(model: LanguageModel, hook: str, x: Tensor) -> None:
+    """NaN is never stored. (Infinities may be: masked attention scores are.)"""
+    if bool(x.amax().isnan()):
+        raise UserError(
+            f"{model.name} gives NaN at {hook} when it computes in {model.numerics}; "
+            "a wider dtype (float32) avoids overflow."
+        )
+
+
+# ---- costs ----
+
+
+@dataclass
+class Clock:
+    """Speed of a model's passes here: measured in passes, else in a short matrix product."""
+
+    seconds: float = 0.0
+    flops: float = 0.0
+    _guess: dict[str, float] = field(default_factory=dict)
+
+    def note(self, config: ModelConfig, tokens: Tensor, hooks: Sequence[str], seconds: float) -> None:
+        self.seconds += seconds
+        self.flops += len(tokens) * flops(config, tokens.shape[1], layers(hooks))
+
+    def speed(self, model: LanguageModel) -> float:
+        """Floating-point operations per second."""
+        if self.seconds:
+            return self.flops / self.seconds
+        kind = f"{model.device}/{model.dtype}"
+        if kind not in self._guess:
+            a = torch.randn(1024, 1024, device=model.device, dtype=model.dtype)
+            started = time.perf_counter()
+            float((a @ a @ a).sum())
+            self._guess[kind] = 2 * 2 * 1024**3 / (time.perf_counter() - started)
+        return self._guess[kind]
+
+
+def layers(hooks: Iterable[str]) -> int:
+    """Blocks that must run to reach all of these hook points."""
+    return max(sites.depth(hook)[0] for hook in hooks) + 1
+
+
+def flops(c: ModelConfig, pos: int, n_layers: int) -> float:
+    """Multiply-adds, doubled, of the first blocks on one sequence."""
+    per_layer = (c.n_parameters - c.d_vocab * c.d_model) / c.n_layers
+    return 2.0 * pos * n_layers * (per_layer + pos * c.n_heads * c.d_head)
+
+
+def shape_at(hook: str, c: ModelConfig, pos: int) -> tuple[int, ...]:
+    """Shape of one sequence's activation at a hook point."""
+    _, name = sites.split(hook)
+    if name in sites.PATTERN_HOOKS:
+        return (c.n_heads, pos, pos)
+    if name in sites.HEAD_HOOKS:
+        shared = name in ("attn.hook_k", "attn.hook_v", "attn.hook_rot_k")
+        width = c.d_model if name == "attn.hook_result" else c.d_head
+        return (pos, c.n_kv_heads if shared else c.n_heads, width)
+    return (pos, c.d_mlp if name.startswith("mlp.") else c.d_model)
+
+
+def captured_bytes(config: ModelConfig, pos: int, hooks: Iterable[str]) -> int:
+    """What one sequence's values take in float32."""
+    return 4 * sum(math.prod(shape_at(hook, config, pos)) for hook in hooks)
