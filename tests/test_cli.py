@@ -69,6 +69,11 @@ def test_the_recorded_command_reproduces_the_run(wb: Wb, tiny_folder: str) -> No
         (("show", "../../etc"), "no run is called '../../etc'"),
         (("bogus",), "No such command 'bogus'"),
         (("store", "evict", "--keep-mb", "-1"), "keep_bytes=-1000000 is negative"),
+        (("store", "evict", "--model", "gpt5"), "no stored model is called 'gpt5'"),
+        (("store", "show", "zz"), "letters other than 0-9 a-f"),
+        (("store", "show", "--run", "nope"), "nothing is stored for run 'nope'"),
+        (("store", "pin"), "a pin of everything would leave no room"),
+        (("store", "pin", "--hook", "h", "--off"), "there is no such pin"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(wb: Wb, words: tuple[str, ...], message: str) -> None:
@@ -103,6 +108,15 @@ def test_store_commands(wb: Wb, tiny_folder: str) -> None:
     assert before["missing"] == before["entries"] == 4 * 3
     wb("run", "sae-codes", "--model", tiny_folder, "--n", "4", "--steps", "2", "--trials", "1", "--examples", "2")
     assert json.loads(wb("store", "estimate", "--model", tiny_folder, "--n", "4", "--json")[1])["missing"] == 0
+    (run,) = [row["run"] for row in json.loads(wb("runs", "--json")[1])["runs"]]
+    entries = json.loads(wb("store", "show", "--run", run, "--json")[1])["entries"]
+    assert entries and all(run in one["runs"] for one in entries)
+    assert entries[0]["sequence"] in wb("store", "show", entries[0]["sequence"][:8])[1]
+    checked = json.loads(wb("store", "verify", "--recompute", "3", "--model", tiny_folder, "--json")[1])
+    assert checked["damaged"] == [] and len(checked["computed_anew"]) == 3
+    assert json.loads(wb("store", "pin", "--run", run, "--json")[1])["pins"] == [{"model": "", "hook": "", "run": run}]
+    assert json.loads(wb("store", "evict", "--json")[1])["freed_bytes"] == 0
+    assert json.loads(wb("store", "pin", "--run", run, "--off", "--json")[1])["pins"] == []
     stats = json.loads(wb("store", "stats", "--json")[1])
     freed = json.loads(wb("store", "evict", "--json")[1])["freed_bytes"]
     assert freed == stats["disk_bytes"] > 0

@@ -211,3 +211,20 @@ def test_batches_select_and_bucket(tiny: LanguageModel) -> None:
 def test_home_is_a_setting(home: Path, tiny: LanguageModel) -> None:
     run = runs.run("logit-lens", model=tiny, task="ioi", n=3)
     assert run.folder.parent == home / "runs"
+
+
+def test_a_run_tells_which_activations_it_used(tiny: LanguageModel, store: ActivationStore) -> None:
+    run = runs.run("logit-lens", model=tiny, task="ioi", n=4, store=store)
+    again = runs.get_run(run.id)
+    hooks = {scope.hook for scope in again.activations}
+    assert hooks == {"blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in range(3))}
+    for scope, digests in again.activations.items():
+        stored = {one.sequence for one in store.show(hook=scope.hook) if run.id in one.runs}
+        assert stored == {digest.hex() for digest in digests}
+    assert run.record["cost"]["store"]["computed"] == sum(len(digests) for digests in again.activations.values())
+
+
+def test_the_second_analysis_on_the_same_prompts_computes_nothing(tiny: LanguageModel, store: ActivationStore) -> None:
+    runs.run("direct-logit-attribution", model=tiny, task="ioi", n=4, store=store)
+    second = runs.run("sae-codes", model=tiny, task="ioi", n=4, steps=2, trials=1, examples=2, store=store)
+    assert second.record["cost"]["store"]["forward_passes"] <= 1  # the corrupted prompts alone are new

@@ -307,3 +307,179 @@ def test_unknown_hooks_and_codecs_are_refused(tiny: LanguageModel, store: Activa
         store.get(tiny, sequences(1), ["blocks.1.attn.hook_zz"])
     with pytest.raises(UserError, match="no codec"):
         ActivationStore(tmp_path / "s2", codec="float8")
+
+
+# ---- sessions, pins, bounds ----
+
+
+def test_a_session_counts_and_remembers_what_it_used_alone(tiny: LanguageModel, store: ActivationStore) -> None:
+    rows = sequences(4)
+    store.get(tiny, rows[:2], [OUT])
+    session = store.session()
+    session.get(tiny, rows, [OUT])
+    assert (session.stats().memory_hits, session.stats().computed, store.stats().computed) == (2, 2, 2)
+    assert session.used is not None and store.used is None
+    ((scope, digests),) = session.used.items()
+    assert scope.hook == OUT and len(digests) == 4
+    session.note_run("some-run")
+    assert {one.runs[0] for one in store.show(run="some-run")} == {"some-run"}
+    assert len(store.show(run="some-run")) == 4
+    store.evict()
+    with pytest.raises(UserError, match="nothing is stored for run 'some-run'"):
+        store.show(run="some-run")
+
+
+@pytest.mark.parametrize("by", ["hook", "model", "run"])
+def test_what_is_pinned_stays(by: str, tiny: LanguageModel, tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path / "s", disk_bytes=30_000)
+    session = store.session()
+    session.get(tiny, sequences(8), [OUT])
+    session.note_run("kept")
+    pin = {"hook": {"hook": OUT}, "model": {"model": tiny.fingerprint}, "run": {"run": "kept"}}[by]
+    store.pin(**pin)
+    if by != "model":  # what is not pinned makes room
+        for seed in (1, 2, 3):
+            store.get(tiny, sequences(8, seed=seed), [Z])
+        assert store.stats().disk_bytes <= 30_000
+    store.evict()
+    reopened = ActivationStore(tmp_path / "s", disk_bytes=30_000)
+    passes = tiny.forward_passes
+    reopened.get(tiny, sequences(8), [OUT])
+    assert tiny.forward_passes == passes and [row.hook for row in reopened.series()] == [OUT]
+    if by == "run":  # what comes later is not pinned with it
+        reopened.get(tiny, sequences(30, seed=9), [OUT])
+        reopened.evict()
+        assert reopened.stats().disk_entries == 8
+    else:
+        with pytest.raises(UserError, match="are pinned"):
+            reopened.get(tiny, sequences(30, seed=9), [OUT, Z])
+    assert reopened.pins() == [{"model": "", "hook": "", "run": ""} | pin]
+    reopened.unpin(**pin)
+    assert reopened.evict() > 0 and reopened.series() == []
+
+
+def test_pins_hold_in_memory_too(tiny: LanguageModel, tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path / "s", memory_bytes=8_000)
+    store.get(tiny, sequences(4), [OUT])
+    store.pin(hook=OUT)
+    store.get(tiny, sequences(12, seed=1), [Z])
+    assert store.stats().memory_bytes <= 8_000
+    before = store.stats().memory_hits
+    store.get(tiny, sequences(4), [OUT])
+    assert store.stats().memory_hits - before == 4
+
+
+@pytest.mark.parametrize(
+    ("pin", "message"),
+    [({}, "would leave no room"), ({"run": "nope"}, "no run called 'nope'"), ({"run": "a", "hook": OUT}, "not both")],
+)
+def test_senseless_pins_are_refused(pin: dict[str, str], message: str, store: ActivationStore) -> None:
+    with pytest.raises(UserError, match=message):
+        store.pin(**pin)
+
+
+def test_a_pin_that_is_not_there_cannot_be_taken_back(store: ActivationStore) -> None:
+    with pytest.raises(UserError, match="there is no such pin"):
+        store.unpin(hook=OUT)
+
+
+def test_an_analysis_may_demand_a_bound_on_the_codecs_error(tiny: LanguageModel, tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path / "s", codec="int8")
+    stated = max(one.error for _ in [store.get(tiny, sequences(4), [OUT])] for one in store.show())
+    store.get(tiny, sequences(4), [OUT], max_error=stated)
+    for memory in (10**6, 0):  # the bound holds whichever tier answers
+        again = ActivationStore(tmp_path / "s", codec="int8", memory_bytes=memory)
+        again.get(tiny, sequences(4), [OUT])
+        with pytest.raises(UserError, match=f"stored as int8 with a relative error of .* max_error={stated / 2:g}"):
+            again.get(tiny, sequences(4), [OUT], max_error=stated / 2)
+    ActivationStore(tmp_path / "s").get(tiny, sequences(4), [OUT], max_error=0.0)  # float32 makes none
+
+
+def test_canonical_values_are_bitwise_those_of_the_sequence_alone(tiny: LanguageModel, store: ActivationStore) -> None:
+    rows = sequences(12)
+    store.get(tiny, rows, [OUT])  # in batches: not good enough
+    before = store.stats().computed
+    found = store.get(tiny, rows, [OUT], canonical=True)[OUT]
+    assert store.stats().computed == before + 12
+    for tokens, row in zip(rows, found, strict=True):
+        assert torch.equal(tiny.run(tokens[None], capture=[OUT], logits="none")[OUT][0], row)
+    assert {one.batch for one in store.show() if "alone" in one.numerics} == {f"1x{n}" for n in (5, 6, 7, 8)}
+
+
+def test_a_request_larger_than_memory_is_refused_with_the_numbers(
+    tiny: LanguageModel, store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workbench.activations.store.free_bytes", lambda: 1000)
+    with pytest.raises(UserError, match=r"12 sequences at 2 hook points are .* use stream\(\)"):
+        store.get(tiny, sequences(12), [OUT, Z])
+    assert store.stats().forward_passes == 0
+    assert len(list(store.stream(tiny, sequences(12), [OUT], rows=16))) == 5  # 78 rows
+
+
+def test_fill_stores_and_returns_nothing(tiny: LanguageModel, store: ActivationStore) -> None:
+    store.fill(tiny, sequences(12), [OUT])
+    assert store.stats().memory_entries == 0
+    passes = tiny.forward_passes
+    store.fill(tiny, sequences(12), [OUT])
+    store.get(tiny, sequences(12), [OUT])
+    assert tiny.forward_passes == passes
+
+
+def test_values_computed_anew_agree_and_foreign_ones_are_found(
+    tiny: LanguageModel, make_tiny: Callable[..., LanguageModel], tmp_path: Path
+) -> None:
+    store = ActivationStore(tmp_path / "s", codec="float16")
+    store.get(tiny, sequences(12), [OUT, block(1, "attn.hook_attn_scores")])
+    found = store.recheck(tiny, n=24)
+    assert len(found) == 24 and all(one.difference <= one.limit for one in found)
+    impostor = make_tiny(seed=1)  # other weights under the same fingerprint: as if the software had changed
+    impostor.fingerprint = tiny.fingerprint
+    assert all(one.difference > one.limit for one in store.recheck(impostor, n=24) if one.hook == OUT)
+    with pytest.raises(UserError, match="nothing of tiny-llama"):
+        store.recheck(make_tiny(seed=2))
+
+
+def test_nan_is_never_stored(make_tiny: Callable[..., LanguageModel], store: ActivationStore) -> None:
+    model = make_tiny(seed=5)
+    model.out_weight(0).fill_(torch.nan)
+    with pytest.raises(UserError, match=r"gives NaN at blocks\.2\.hook_resid_post"):
+        store.get(model, sequences(2), [OUT])
+    assert store.stats().disk_entries == 0
+    store.get(model, sequences(2), [block(0, "hook_resid_pre")])  # before the overflow all is well
+
+
+def test_a_device_that_is_not_there_is_refused(tiny: LanguageModel, store: ActivationStore) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match="torch sees no GPU"):
+        store.get(tiny, sequences(1), [OUT], device="cuda")
+    assert store.stats().device_budget == 0  # the tier is absent, not emulated
+
+
+def test_one_pass_feeds_several_consumers(tiny: LanguageModel, store: ActivationStore) -> None:
+    rows = sequences(20)
+    stream = store.stream(tiny, rows, [OUT], rows=16)
+    total, seen = torch.zeros(32), []
+    stream.feed(lambda batch: total.add_(batch[OUT].sum(0)), lambda batch: seen.append(len(batch[OUT])))
+    assert len(seen) == len(stream) == stream.position
+    torch.testing.assert_close(total, torch.cat(store.get(tiny, rows, [OUT])[OUT]).sum(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("codec", ["float32", "float16"])
+def test_a_repeated_sequence_streams_as_often_as_it_comes(codec: str, tiny: LanguageModel, tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path / "s", codec=codec)
+    rows = [torch.arange(6), torch.arange(5), torch.arange(6)]
+    streamed = torch.cat([batch[OUT] for batch in store.stream(tiny, rows, [OUT], rows=4)])
+    expected = torch.cat(store.get(tiny, rows, [OUT])[OUT])
+    as_keys = [Counter(row.numpy().tobytes() for row in x) for x in (streamed, expected)]
+    assert as_keys[0] == as_keys[1] and len(streamed) == 17
+
+
+@pytest.mark.parametrize(("option", "message"), [({"rows": 0}, "rows=0"), ({"start": -1}, "start=-1")])
+def test_senseless_streams_are_refused(
+    option: dict[str, int], message: str, tiny: LanguageModel, store: ActivationStore
+) -> None:
+    with pytest.raises(UserError, match=message):
+        store.stream(tiny, sequences(2), [OUT], **option)
+    with pytest.raises(UserError, match="has no row per token"):
+        store.stream(tiny, sequences(2), [block(0, "attn.hook_pattern")])

@@ -2,8 +2,9 @@
 
 A run is keyed by everything that decides its result: the analysis and its version and parameters, the model's weights
 and numerics, the task and its version, how many prompts, and the seed. Asking again with the same key computes nothing.
-A run's folder holds `record.json` (key, result, task figures, environment, cost) and `arrays.safetensors`; it is
-written aside and renamed last, so a folder that exists is whole.
+A run's folder holds `record.json` (key, result, task figures, environment, cost), `arrays.safetensors`, and the digests
+of the stored activations it used (`activations.safetensors`); it is written aside and renamed last, so a folder that
+exists is whole.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from workbench import pretrained, registry, results, settings
-from workbench.activations import ActivationStore
+from workbench import activations, pretrained, registry, results, settings
+from workbench.activations import ActivationStore, inventory
+from workbench.activations.keys import Scope
 from workbench.errors import UserError, unknown
 from workbench.metrics import top1
 from workbench.models import LanguageModel, numerics
@@ -62,6 +64,15 @@ class Run:
         # What reading a record that was changed by hand may raise.
         except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
             raise UserError(f"run {self.id} is damaged ({error}); delete {self.folder} and run it again.") from error
+
+    @property
+    def activations(self) -> dict[Scope, set[bytes]]:
+        """The stored activations that the run used: digests of sequences by scope."""
+        try:
+            sequences = load_file(self.folder / "activations.safetensors")
+            return inventory.unpack_used(self.record["activations"], sequences)
+        except (OSError, SafetensorError, LookupError, TypeError) as error:
+            raise UserError(f"run {self.id} does not tell which activations it used ({error}).") from error
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -136,7 +147,7 @@ def run(
         return Run(id, root / id, _read(root / id), True, time.perf_counter() - started, 0)
     settings.writable_folder(root)
     passes = model.forward_passes
-    store = store or ActivationStore()
+    store = (store or activations.shared()).session()  # counts and entries of this run alone
     batch = sample(chosen_task, model, n, seed)
     figures = task_figures(model, batch, store)
     log.info("%s on %s, %d %s prompts", analysis, model.name, n, task)
@@ -144,6 +155,7 @@ def run(
     seconds = time.perf_counter() - started
     passes = model.forward_passes - passes
     encoded, arrays = results.encode(result)
+    used, sequences = inventory.pack_used(store.used or {})
     record = {
         "id": id,
         "key": key,
@@ -154,9 +166,11 @@ def run(
         "summary": result.summary(),
         "cost": {"seconds": round(seconds, 3), "forward_passes": passes, "store": asdict(store.stats())},
         "environment": environment(model),
+        "activations": used,
         "result": encoded,
     }
-    _save(root / id, record, arrays)
+    _save(root / id, record, {"arrays": arrays, "activations": sequences})
+    store.note_run(id)
     return Run(id, root / id, record, False, seconds, passes)
 
 
@@ -255,10 +269,11 @@ def _read(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _save(folder: Path, record: Mapping[str, Any], arrays: dict[str, torch.Tensor]) -> None:
+def _save(folder: Path, record: Mapping[str, Any], files: Mapping[str, dict[str, torch.Tensor]]) -> None:
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
     try:
-        save_file(arrays, aside / "arrays.safetensors")
+        for name, arrays in files.items():
+            save_file(arrays, aside / f"{name}.safetensors")
         (aside / "record.json").write_text(json.dumps(record, indent=1))
         os.chmod(aside, 0o755)
         if not folder.is_dir():  # another process may have finished the same run; its numbers stay

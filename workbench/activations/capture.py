@@ -1,7 +1,7 @@
 """Forward passes for activations that are missing: which sequences share one, and what it costs.
 
-A batch holds sequences of one length that miss the same hook points, as many as fit into 2,048 tokens and 256 MB of
-captured values; nothing is padded. A pass stops after the deepest hook point and never computes logits.
+A batch holds sequences of one length that miss the same hook points, as many as fit into 2,048 tokens (16,384 on a GPU)
+and 256 MB of captured values; nothing is padded. A pass stops after the deepest hook point and never computes logits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from workbench.backend import ModelConfig
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 BATCH_BYTES = 256 * 10**6
 
 
@@ -33,16 +33,17 @@ class Planned(NamedTuple):
 
 
 def plan(
-    config: ModelConfig, lengths: Mapping[bytes, int], missing: Mapping[bytes, Iterable[str]], alone: bool = False
+    model: LanguageModel, lengths: Mapping[bytes, int], missing: Mapping[bytes, Iterable[str]], alone: bool = False
 ) -> list[Planned]:
     """Batches for what each sequence is missing; `alone` puts every sequence in a batch of its own."""
+    limit = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"])
     groups: dict[tuple[int, tuple[str, ...]], list[bytes]] = {}
     for sequence, hooks in missing.items():
         groups.setdefault((lengths[sequence], tuple(sorted(hooks, key=sites.depth))), []).append(sequence)
     batches = []
     for (length, hooks), members in sorted(groups.items()):
-        each = captured_bytes(config, length, hooks)
-        size = 1 if alone else max(1, min(BATCH_TOKENS // max(1, length), BATCH_BYTES // each))
+        each = captured_bytes(model.config, length, hooks)
+        size = 1 if alone else max(1, min(limit // max(1, length), BATCH_BYTES // max(1, each)))
         batches += [Planned(members[start : start + size], hooks) for start in range(0, len(members), size)]
     return batches
 

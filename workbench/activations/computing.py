@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from workbench.activations import capture, codecs, keys
 from workbench.activations.capture import Clock, Planned
-from workbench.activations.disk import Disk, NewEntry, Pass, fresh
+from workbench.activations.disk import Allocate, Disk, NewEntry, Pass, block
 from workbench.activations.keys import Edits, Key, Scope
 from workbench.models import LanguageModel
 
@@ -40,9 +40,7 @@ class Request:
         return [Key(scope, digest) for scope in self.scopes.values() for digest in digests]
 
 
-def stored(
-    disk: Disk, codec: str, wanted: Iterable[Key], allocate: Callable[[Key, int], Tensor] = fresh
-) -> Iterator[Row]:
+def stored(disk: Disk, codec: str, wanted: Iterable[Key], allocate: Allocate = block) -> Iterator[Row]:
     """The rows that are on disk."""
     for key, entry in disk.read(wanted, allocate):
         yield key, codecs.decode(entry.raw, entry.shape, codec), entry.error
@@ -83,7 +81,7 @@ class Computing:
         for key in todo:
             missing.setdefault(key.sequence, []).append(key.scope.hook)
         lengths = {sequence: len(request.tokens[sequence]) for sequence in missing}
-        batches = capture.plan(request.model.config, lengths, missing, request.alone)
+        batches = capture.plan(request.model, lengths, missing, request.alone)
         pending: tuple[Planned, capture.Captured] | None = None
         try:
             quiet = True if len(batches) < 3 else None  # None: shown on a terminal
@@ -140,8 +138,9 @@ class Computing:
                 entries.append(NewEntry(key, encoded.pieces[n], tuple(x.shape[1:]), encoded.errors[n]))
         length = len(request.tokens[batch.sequences[0]])
         how = Pass(request.model.name, f"{len(batch.sequences)}x{length}", torch.get_num_threads())
-        tokens = {sequence: keys.token_bytes(request.tokens[sequence]) for sequence in batch.sequences}
-        taken = self._disk.write(how, entries, tokens, [self._claimed[sequence] for sequence in batch.sequences])
+        taken = self._disk.write(
+            how, entries, request.tokens, [self._claimed[sequence] for sequence in batch.sequences]
+        )
         for sequence in batch.sequences:
             del self._claimed[sequence]
         for key, row, error in stored(self._disk, self._codec, taken):

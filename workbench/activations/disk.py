@@ -9,6 +9,7 @@ first, pinned ones never.
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import logging
 import os
 import platform
@@ -19,17 +20,19 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from workbench import settings
 from workbench.activations.codecs import Pieces
 from workbench.activations.index import Index, Place, checksum
-from workbench.activations.keys import Key, sequence_digest
+from workbench.activations.keys import Key, sequence_digest, token_bytes
 from workbench.activations.shards import Readers, Writers
 from workbench.errors import UserError
 
@@ -57,9 +60,15 @@ class Pass(NamedTuple):
     threads: int
 
 
-def fresh(_: Key, nbytes: int) -> Tensor:
-    """A new buffer for an entry's bytes."""
-    return torch.empty(nbytes, dtype=torch.uint8)
+Allocate = Callable[[Sequence[tuple[Key, int]]], list[Tensor]]
+
+
+def block(wanted: Sequence[tuple[Key, int]]) -> list[Tensor]:
+    """Buffers of bytes for some entries, as parts of one block: numpy puts large ones on huge pages, and faulting in
+    small pages would take longer than reading."""
+    starts = list(accumulate((-(-size // 64) * 64 for _, size in wanted), initial=0))
+    whole = torch.from_numpy(np.empty(starts[-1], dtype=np.uint8))
+    return [whole[start : start + size] for start, (_, size) in zip(starts, wanted, strict=False)]
 
 
 class Disk:
@@ -85,17 +94,15 @@ class Disk:
 
     # ---- reading ----
 
-    def read(
-        self, keys: Iterable[Key], allocate: Callable[[Key, int], Tensor] = fresh
-    ) -> Iterator[tuple[Key, StoredEntry]]:
+    def read(self, keys: Iterable[Key], allocate: Allocate = block) -> Iterator[tuple[Key, StoredEntry]]:
         """The entries that exist and are whole, in the order of the files.
 
-        Neighbours are read in one go, each into the buffer of bytes that `allocate(key, nbytes)` gives.
+        Neighbours are read in one go, each into the buffer of bytes that `allocate` gives for it.
         """
         with self.index.guard():
             places = sorted(self.index.find(keys), key=lambda item: (item[1].file, item[1].offset))
             for run in _runs(places):
-                buffers = [allocate(key, place.nbytes) for key, place in run]
+                buffers = allocate([(key, place.nbytes) for key, place in run])
                 first = run[0][1]
                 try:
                     got = self._readers.read(first.file, first.offset, buffers)
@@ -119,7 +126,7 @@ class Disk:
     # ---- writing ----
 
     def write(
-        self, how: Pass, entries: Sequence[NewEntry], tokens: Mapping[bytes, bytes], release: Iterable[bytes] = ()
+        self, how: Pass, entries: Sequence[NewEntry], tokens: Mapping[bytes, Tensor], release: Iterable[bytes] = ()
     ) -> set[Key]:
         """Store a batch, and release claims, in one transaction. `tokens` has the token ids of each sequence.
 
@@ -142,9 +149,9 @@ class Disk:
                 self._writers.rollback()
 
     def _commit(
-        self, how: Pass, entries: Sequence[NewEntry], tokens: Mapping[bytes, bytes], release: Iterable[bytes]
+        self, how: Pass, entries: Sequence[NewEntry], tokens: Mapping[bytes, Tensor], release: Iterable[bytes]
     ) -> set[Key] | None:
-        """Bytes, then one transaction. None when another process evicted one of our shards meanwhile: try again."""
+        """Bytes, then one transaction. None when one of our shards was evicted or sealed meanwhile: try again."""
         by_series: dict[tuple[str, str], list[NewEntry]] = {}
         for entry in entries:
             by_series.setdefault((entry.key.scope.model, entry.key.scope.hook), []).append(entry)
@@ -161,9 +168,8 @@ class Disk:
                 offset += nbytes
         now = time.time()
         with self.index.transaction() as db:
-            software = f"torch {torch.__version__}, python {platform.python_version()}"
             insert = "INSERT INTO passes (batch, threads, software, created) VALUES (?,?,?,?)"
-            pass_id = db.execute(insert, (how.batch, how.threads, software, now)).lastrowid
+            pass_id = db.execute(insert, (how.batch, how.threads, _software(), now)).lastrowid
             assert pass_id is not None
             for model in {entry.key.scope.model for entry in entries}:
                 db.execute("INSERT OR REPLACE INTO models VALUES (?,?)", (model, how.model_name))
@@ -172,7 +178,8 @@ class Disk:
             gone = set()
             for writer, some in grown:
                 added = sum(entry.key not in taken for entry in some)
-                update = "UPDATE shards SET bytes = ?, entries = entries + ?, used = ? WHERE id = ? AND file = ?"
+                update = """UPDATE shards SET bytes = ?, entries = entries + ?, used = ?
+                            WHERE id = ? AND file = ? AND NOT sealed"""
                 if not db.execute(update, (writer.end, added, now, writer.shard, writer.name)).rowcount:
                     gone.add(writer.shard)
             if gone:
@@ -269,12 +276,12 @@ class Disk:
                 if sentence != "ok":
                     yield f"the index is damaged: {sentence}"
             for key, place, tokens in self.index.everything():
-                raw = fresh(key, place.nbytes)
+                (raw,) = block([(key, place.nbytes)])
                 try:
                     got = self._readers.read(place.file, place.offset, [raw])
                 except FileNotFoundError:
                     got = 0
-                if sequence_digest(tokens) != key.sequence:
+                if sequence_digest(token_bytes(tokens)) != key.sequence:
                     yield f"{key.sequence.hex()} ({key.scope.hook}): its token ids do not match its digest"
                 elif got < place.nbytes:
                     yield f"{_damage(key, place)}: the file ends before"
@@ -298,13 +305,13 @@ class Disk:
 
 
 def _runs(places: Sequence[tuple[Key, Place]]) -> Iterator[list[tuple[Key, Place]]]:
-    """Neighbours in one file, up to 16 MB together."""
+    """Neighbours in one file, some 4 MB together: enough for huge pages, and still in the cache for the checksum."""
     run: list[tuple[Key, Place]] = []
     size = 0
     for item in places:
         last = run[-1][1] if run else None
         place = item[1]
-        if last and (last.file != place.file or last.offset + last.nbytes != place.offset or size > 2**24):
+        if last and (last.file != place.file or last.offset + last.nbytes != place.offset or size >= 2**22):
             yield run
             run, size = [], 0
         run.append(item)
@@ -318,6 +325,12 @@ def _damage(key: Key, place: Place) -> str:
         f"stored activation {key.sequence.hex()} at {key.scope.hook}, bytes {place.offset} to "
         f"{place.offset + place.nbytes} of {place.file}, is damaged"
     )
+
+
+@cache
+def _software() -> str:
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
+    return ", ".join([*versions, f"python {platform.python_version()}"])
 
 
 def _locked(path: Path) -> bool:

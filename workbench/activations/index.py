@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import torch
 import xxhash
+from torch import Tensor
 
 from workbench.activations.keys import Key, Scope
 from workbench.errors import UserError
@@ -30,7 +32,7 @@ CREATE TABLE scopes (id INTEGER PRIMARY KEY, model TEXT, numerics TEXT, hook TEX
 CREATE TABLE sequences (id INTEGER PRIMARY KEY, digest BLOB UNIQUE, tokens BLOB);
 CREATE TABLE passes (id INTEGER PRIMARY KEY, batch TEXT, threads INTEGER, software TEXT, created REAL);
 CREATE TABLE shards (id INTEGER PRIMARY KEY, file TEXT UNIQUE, model TEXT, hook TEXT, bytes INTEGER, entries INTEGER,
-    used REAL);
+    used REAL, sealed INTEGER DEFAULT 0);
 CREATE TABLE entries (sequence INTEGER, scope INTEGER, shard INTEGER, offset INTEGER, nbytes INTEGER, checksum INTEGER,
     shape TEXT, error REAL, pass INTEGER, PRIMARY KEY (sequence, scope)) WITHOUT ROWID;
 CREATE INDEX entries_of_shard ON entries (shard);
@@ -39,6 +41,8 @@ CREATE TABLE runs (id INTEGER PRIMARY KEY, name TEXT UNIQUE);
 CREATE TABLE uses (sequence INTEGER, scope INTEGER, run INTEGER, PRIMARY KEY (sequence, scope, run)) WITHOUT ROWID;
 CREATE TABLE pins (model TEXT, hook TEXT, run TEXT, PRIMARY KEY (model, hook, run)) WITHOUT ROWID;
 """
+_PINNED_BY_RUN = """SELECT DISTINCT shard FROM pins JOIN runs ON name = pins.run JOIN uses ON uses.run = runs.id
+    JOIN entries USING (sequence, scope) WHERE pins.run != ''"""
 _MANY = 500  # values bound in one statement
 _inherited: list[sqlite3.Connection] = []  # a forked child may neither use nor close its parent's connections
 
@@ -172,7 +176,7 @@ class Index:
                         yield Key(scopes[scope], digest), place
 
     def insert(
-        self, db: sqlite3.Connection, pass_id: int, rows: Sequence[tuple[Key, Place]], tokens: Mapping[bytes, bytes]
+        self, db: sqlite3.Connection, pass_id: int, rows: Sequence[tuple[Key, Place]], tokens: Mapping[bytes, Tensor]
     ) -> set[Key]:
         """Add entries inside a transaction. Returns the keys that were there already: the first value stays."""
         taken = {key for key, _ in self.find(key for key, _ in rows)}
@@ -180,9 +184,8 @@ class Index:
         for scope in {key.scope for key, _ in rows}:
             db.execute("INSERT OR IGNORE INTO scopes (model, numerics, hook, codec, edit) VALUES (?,?,?,?,?)", scope)
         digests = sorted({key.sequence for key, _ in rows})
-        db.executemany(
-            "INSERT OR IGNORE INTO sequences (digest, tokens) VALUES (?,?)", [(d, tokens[d]) for d in digests]
-        )
+        compact = [(digest, tokens[digest].to("cpu", torch.int32).numpy().tobytes()) for digest in digests]
+        db.executemany("INSERT OR IGNORE INTO sequences (digest, tokens) VALUES (?,?)", compact)
         ids: dict[bytes, int] = {}
         for some in _chunks(digests):
             ids |= db.execute(f"SELECT digest, id FROM sequences WHERE digest IN ({_marks(some)})", some).fetchall()
@@ -209,14 +212,15 @@ class Index:
             if gone.rowcount:
                 db.execute(f"DELETE FROM uses WHERE {entry}", which)
 
-    def everything(self) -> Iterator[tuple[Key, Place, bytes]]:
+    def everything(self) -> Iterator[tuple[Key, Place, Tensor]]:
         """Every entry with its tokens, in the order of the files."""
         query = """SELECT digest, tokens, model, numerics, hook, codec, edit, shard, file, offset, nbytes, checksum,
                    shape, error FROM (SELECT id AS shard_id, file FROM shards) JOIN entries ON shard = shard_id
                    JOIN sequences ON sequence = sequences.id JOIN scopes ON scope = scopes.id ORDER BY shard, offset"""
         for digest, tokens, *row in self.db().execute(query):
             shard, file, offset, nbytes, check, shape, error = row[5:]
-            yield Key(Scope(*row[:5]), digest), Place(shard, file, offset, nbytes, check, _shape(shape), error), tokens
+            place = Place(shard, file, offset, nbytes, check, _shape(shape), error)
+            yield Key(Scope(*row[:5]), digest), place, token_ids(tokens)
 
     def forget_shard(self, shard: int) -> None:
         """Drop a shard, its entries, and the sequences of which nothing is left."""
@@ -276,6 +280,8 @@ class Index:
     def pin(self, model: str, hook: str, run: str) -> None:
         with self.transaction() as db:
             db.execute("INSERT OR IGNORE INTO pins VALUES (?,?,?)", (model, hook, run))
+            # Nothing more goes into a shard that is kept for what is in it.
+            db.execute(f"UPDATE shards SET sealed = 1 WHERE id IN ({_PINNED_BY_RUN})")
 
     def unpin(self, model: str, hook: str, run: str) -> int:
         with self.transaction() as db:
@@ -286,12 +292,14 @@ class Index:
 
     def pinned_shards(self) -> set[int]:
         """Shards that a pin covers, by model and hook point or because a pinned run used an entry in them."""
-        db = self.db()
-        named = """SELECT id FROM shards JOIN pins ON run = '' AND pins.model IN ('', shards.model)
+        named = """SELECT shards.id FROM shards JOIN pins ON run = '' AND pins.model IN ('', shards.model)
                    AND pins.hook IN ('', shards.hook)"""
-        by_run = """SELECT DISTINCT shard FROM pins JOIN runs ON name = pins.run JOIN uses ON uses.run = runs.id
-                    JOIN entries USING (sequence, scope) WHERE pins.run != ''"""
-        return {shard for query in (named, by_run) for (shard,) in db.execute(query)}
+        return {shard for query in (named, _PINNED_BY_RUN) for (shard,) in self.db().execute(query)}
+
+
+def token_ids(stored: bytes) -> Tensor:
+    """A sequence's token ids, kept as int32."""
+    return torch.frombuffer(bytearray(stored), dtype=torch.int32).long()
 
 
 def _scope_id(db: sqlite3.Connection, scope: Scope) -> int:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from workbench.activations import capture, codecs
 from workbench.activations.capture import Clock
-from workbench.activations.index import Index
-from workbench.activations.keys import Key
+from workbench.activations.index import Index, token_ids
+from workbench.activations.keys import Key, Scope
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 
@@ -67,6 +69,16 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Recheck:
+    """A stored entry beside the same computed anew, alone in its batch."""
+
+    sequence: str
+    hook: str
+    difference: float  # relative L2 of the whole entry
+    limit: float  # float rounding in the model's dtype, and the codec's own error
+
+
+@dataclass(frozen=True)
 class Manifest:
     """One entry: what it is, how it was made, and which runs used it."""
 
@@ -108,7 +120,7 @@ def estimate(
         absent.setdefault(key.sequence, []).append(key.scope.hook)
     lengths = {digest: len(tokens[digest]) for digest in tokens}
     flops = sum(capture.flops(c, lengths[digest], capture.layers(some)) for digest, some in absent.items())
-    passes = capture.plan(c, lengths, absent, alone)
+    passes = capture.plan(model, lengths, absent, alone)
     largest = max(
         (len(p.sequences) * capture.captured_bytes(c, lengths[p.sequences[0]], p.hooks) for p in passes), default=0
     )
@@ -183,12 +195,28 @@ def manifests(index: Index, *, sequence: str = "", hook: str = "", run: str = ""
     return found
 
 
+def draw(index: Index, model: LanguageModel, n: int, seed: int) -> list[tuple[Key, Tensor]]:
+    """n entries of a model that can be computed anew, with their tokens.
+
+    Raises UserError when there are none.
+    """
+    query = """SELECT digest, tokens, model, numerics, hook, codec, edit FROM entries
+        JOIN sequences ON sequence = sequences.id JOIN scopes ON scope = scopes.id
+        WHERE model = ? AND numerics = ? AND edit = '' LIMIT 100000"""
+    with index.guard():
+        rows = index.db().execute(query, (model.fingerprint, model.numerics)).fetchall()
+    if not rows:
+        raise UserError(f"nothing of {model.name} in {model.numerics} is stored that could be computed anew.")
+    some = random.Random(seed).sample(rows, min(n, len(rows)))
+    return [(Key(Scope(*scope), digest), token_ids(tokens)) for digest, tokens, *scope in some]
+
+
 def _manifest(index: Index, row: dict[str, Any]) -> Manifest:
     query = "SELECT name FROM uses JOIN runs ON runs.id = run WHERE sequence = ? AND scope = ? ORDER BY name"
     runs = index.db().execute(query, (row.pop("s"), row.pop("c")))
     row |= {
         "sequence": row["sequence"].lower(),
-        "tokens": memoryview(row["tokens"]).cast("q").tolist(),
+        "tokens": token_ids(row["tokens"]).tolist(),
         "shape": [int(n) for n in row["shape"].split(",")],
         "created": _time(row["created"]),
         "runs": [run for (run,) in runs],
@@ -236,6 +264,28 @@ class Pins:
     def _reload(self) -> None:
         with self._index.guard():
             self._rules = self._index.pins()
+
+
+def pack_used(used: Mapping[Scope, Iterable[bytes]]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Which entries a run used, for its folder: groups of scopes that share their sequences, and those sequences'
+    digests as bytes [sequence, 16]."""
+    groups: dict[tuple[bytes, ...], list[Scope]] = {}
+    for scope, digests in used.items():
+        groups.setdefault(tuple(sorted(digests)), []).append(scope)
+    json, arrays = [], {}
+    for n, (digests, scopes) in enumerate(sorted(groups.items(), key=lambda group: group[1][0])):
+        json.append({"scopes": [scope._asdict() for scope in scopes], "sequences": f"sequences.{n}"})
+        arrays[f"sequences.{n}"] = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).reshape(-1, 16)
+    return json, arrays
+
+
+def unpack_used(json: Iterable[Mapping[str, Any]], arrays: Mapping[str, Tensor]) -> dict[Scope, set[bytes]]:
+    """The inverse of `pack_used`."""
+    used: dict[Scope, set[bytes]] = {}
+    for group in json:
+        digests = {row.numpy().tobytes() for row in arrays[group["sequences"]]}
+        used |= {Scope(**scope): digests for scope in group["scopes"]}
+    return used
 
 
 def _time(seconds: float) -> str:

@@ -59,7 +59,7 @@ def scopes(
 
 
 def token_bytes(tokens: Tensor) -> bytes:
-    """Token ids as int64, little-endian: as they are digested and stored."""
+    """Token ids as int64, little-endian: as they are digested."""
     return tokens.to("cpu", torch.int64).contiguous().numpy().astype("<i8", copy=False).tobytes()
 
 

@@ -98,7 +98,7 @@ class Writers:
     def _adopt(self, model: str, hook: str) -> Writer | None:
         """A shard of this series with room in it, whose writer has gone."""
         db = self._index.db()
-        query = "SELECT id, file FROM shards WHERE model = ? AND hook = ? AND bytes < ?"
+        query = "SELECT id, file FROM shards WHERE model = ? AND hook = ? AND bytes < ? AND NOT sealed"
         for shard, name in db.execute(query, (model, hook, SHARD_BYTES)).fetchall():
             try:
                 file = os.open(self._root / name, os.O_WRONLY)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,8 +23,8 @@ from workbench import settings
 from workbench.activations import capture, codecs, inventory, keys
 from workbench.activations.capture import Clock
 from workbench.activations.computing import Computing, Request, Row, stored
-from workbench.activations.disk import Disk, fresh
-from workbench.activations.inventory import Estimate, Manifest, Series, Stats
+from workbench.activations.disk import Allocate, Disk, block
+from workbench.activations.inventory import Estimate, Manifest, Recheck, Series, Stats
 from workbench.activations.keys import Edits, Key, Scope
 from workbench.activations.memory import Memory, free_bytes
 from workbench.activations.streams import Stream
@@ -178,7 +180,7 @@ class ActivationStore:
         *,
         admit: bool = True,
         own: bool = True,
-        allocate: Callable[[Key, int], Tensor] = fresh,
+        allocate: Allocate = block,
     ) -> Iterator[Row]:
         """Each key with its row. `admit`: keep a copy in memory. Without `own` the row may be the memory tier's."""
         held = self.memory.get(wanted)
@@ -234,7 +236,8 @@ class ActivationStore:
     ) -> dict[str, Tensor]:
         """The rows of some sequences, one after the other; stored float32 ones are read right into place."""
         total = sum(len(request.tokens[digest]) for digest in digests)
-        into = {hook: torch.empty(total, *shape[1:]) for hook, shape in shapes.items()}
+        # numpy puts large arrays on huge pages, see `block`
+        into = {hook: torch.from_numpy(np.empty((total, *shape[1:]), np.float32)) for hook, shape in shapes.items()}
         first: dict[bytes, int] = {}
         place = 0
         places: list[tuple[int, int, bytes]] = []
@@ -248,10 +251,10 @@ class ActivationStore:
             start = first[key.sequence]
             return into[key.scope.hook][start : start + len(request.tokens[key.sequence])]
 
-        def allocate(key: Key, nbytes: int) -> Tensor:
-            if self.codec != "float32":
-                return fresh(key, nbytes)
-            return part(key).view(-1).view(torch.uint8)
+        def in_place(wanted: Sequence[tuple[Key, int]]) -> list[Tensor]:
+            return [part(key).view(-1).view(torch.uint8) for key, _ in wanted]
+
+        allocate = in_place if self.codec == "float32" else block
 
         for key, row, _ in self._rows(request, request.keys(digests), admit=False, allocate=allocate):
             target = part(key)
@@ -314,6 +317,22 @@ class ActivationStore:
         """Read every stored entry and compare it with its checksum; one sentence per damaged entry."""
         return list(self.disk.verify())
 
+    def recheck(self, model: LanguageModel, *, n: int = 8, seed: int = 0) -> list[Recheck]:
+        """Compute n stored entries of a model anew and compare: catches what checksums cannot, such as values of other
+        software. Only activations without interventions: of those the store knows only a digest.
+
+        Raises UserError when the store has none of this model with these numerics.
+        """
+        found = []
+        for key, tokens in inventory.draw(self.disk.index, model, n, seed):
+            for _, row, error in stored(self.disk, key.scope.codec, [key]):
+                hook = key.scope.hook
+                anew = model.run(tokens[None], capture=[hook], logits="none")[hook][0].cpu().float()
+                gap = torch.where(anew == row, 0, anew - row).norm() / anew[anew.isfinite()].norm().clamp_min(1e-30)
+                limit = (1e-5 if model.dtype == torch.float32 else 0.05) + 2 * error
+                found.append(Recheck(key.sequence.hex(), hook, float(gap), limit))
+        return found
+
     def evict(self, *, model: str | None = None, hook: str | None = None, keep_bytes: int = 0) -> int:
         """Drop stored activations of a model (fingerprint) or hook point, least recently used first, until `keep_bytes`
         are left of them. Returns the bytes freed on disk; what is pinned stays."""
@@ -322,6 +341,11 @@ class ActivationStore:
         self.memory.drop()
         self.device.drop()
         return self.disk.evict(model=model, hook=hook, keep_bytes=keep_bytes)
+
+    def note_run(self, run: str) -> None:
+        """Write down that a run used the entries that this session handed out."""
+        with self.disk.index.guard():
+            self.disk.index.note_run(run, self.used or {})
 
     def pin(self, *, model: str = "", hook: str = "", run: str = "") -> None:
         """Keep the activations of a model (fingerprint), a hook point or a run from eviction, in every tier."""
@@ -334,6 +358,10 @@ class ActivationStore:
         self._pins.remove(model, hook, run)
         self.memory.sort_pins()
         self.device.sort_pins()
+
+    def pins(self) -> list[dict[str, str]]:
+        """What is pinned: model, hook point and run of each pin, empty for any."""
+        return self._pins.rules()
 
     def _refuse_what_cannot_fit(self, request: Request) -> None:
         config, hooks = request.model.config, list(request.scopes)
@@ -362,3 +390,13 @@ def _check_error(key: Key, error: float, limit: float | None) -> None:
             f"{key.scope.hook} is stored as {key.scope.codec} with a relative error of {error:.2g}, more than "
             f"max_error={limit:g}; use a store with a finer codec, such as ActivationStore(codec='float32')."
         )
+
+
+def shared() -> ActivationStore:
+    """The store under WORKBENCH_HOME, one for the whole process: what one run has in memory serves the next."""
+    return _shared(settings.home() / "store", settings.store_memory(), settings.store_disk(), settings.store_device())
+
+
+@cache
+def _shared(root: Path, memory: int, disk: int, device: int) -> ActivationStore:
+    return ActivationStore(root, memory_bytes=memory, disk_bytes=disk, device_bytes=device)
