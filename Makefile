@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := .bench-peers
 
 .PHONY: demo test check app bench slow clean
 
@@ -24,8 +25,12 @@ check: $(READY)  ## formatting, lint, types, imports
 app: $(READY)  ## the browser app, on this machine only
 	$(BIN)/wb app
 
-bench: $(READY)  ## speed against peers and limits, as ratios
-	$(BIN)/pytest tests/benchmarks -m slow -s -o addopts=  # without the type checks of the tests
+bench: $(READY) $(PEERS)/.ready  ## speed against peers and limits, as ratios
+	BENCH_PEERS=$(PEERS) $(BIN)/pytest tests/benchmarks -m slow -s -o addopts=  # without the type checks of the tests
+
+$(PEERS)/.ready: tests/benchmarks/requirements.txt $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-input --no-deps --upgrade --target $(PEERS) -r $<
+	touch $@
 
 $(READY): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,4 +40,4 @@ $(READY): requirements.lock pyproject.toml
 	touch $(READY)
 
 clean:  ## the environment; models and results in WORKBENCH_HOME stay
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS)

@@ -59,18 +59,18 @@ class Computing:
 
     def rows(self, missing: Iterable[Key]) -> Iterator[Row]:
         """Compute what nobody else is computing, batch by batch; then read what the others have made meanwhile."""
-        todo = set(missing)
+        todo = dict.fromkeys(missing)
         pause = 0.002
         while todo:
             done: set[Key] = set()
             for key, row, error in self._unclaimed(todo):
                 done.add(key)
                 yield key, row, error
-            for key, row, error in stored(self._disk, self._codec, todo - done):
+            for key, row, error in stored(self._disk, self._codec, [key for key in todo if key not in done]):
                 self._count("waited_for", 1)
                 done.add(key)
                 yield key, row, error
-            todo -= done
+            todo = {key: None for key in todo if key not in done}
             if todo and not done:
                 time.sleep(pause)
                 pause = min(2 * pause, 0.1)

@@ -110,7 +110,7 @@ class Disk:
                     continue
                 for (key, place), raw in zip(run, buffers, strict=True):
                     whole = place.offset + place.nbytes <= first.offset + got
-                    if whole and checksum([raw.numpy().data], key, place.shape, place.error) == place.checksum:
+                    if whole and _matches(raw, key, place):
                         yield key, StoredEntry(raw, place.shape, place.error)
                         continue
                     log.warning("%s; dropped", _damage(key, place))
@@ -272,7 +272,7 @@ class Disk:
     def verify(self) -> Iterator[str]:
         """Read everything; yields one sentence per damaged entry."""
         with self.index.guard():
-            for (sentence,) in self.index.db().execute("PRAGMA quick_check"):
+            for (sentence,) in self.index.db().execute("PRAGMA integrity_check"):
                 if sentence != "ok":
                     yield f"the index is damaged: {sentence}"
             for key, place, tokens in self.index.everything():
@@ -283,10 +283,10 @@ class Disk:
                     got = 0
                 if sequence_digest(token_bytes(tokens)) != key.sequence:
                     yield f"{key.sequence.hex()} ({key.scope.hook}): its token ids do not match its digest"
-                elif got < place.nbytes:
-                    yield f"{_damage(key, place)}: the file ends before"
-                elif checksum([raw.numpy().data], key, place.shape, place.error) != place.checksum:
-                    yield f"{_damage(key, place)}: it does not match its checksum"
+                elif not (got == place.nbytes and _matches(raw, key, place)):
+                    with suppress(KeyError):  # evicted meanwhile
+                        if self.has([key])[key] == place:
+                            yield _damage(key, place)
 
     def _remove_leftovers(self) -> None:
         """Delete shard files that no index row names (an eviction was killed between index and file), and the lock
@@ -318,6 +318,10 @@ def _runs(places: Sequence[tuple[Key, Place]]) -> Iterator[list[tuple[Key, Place
         size += place.nbytes
     if run:
         yield run
+
+
+def _matches(raw: Tensor, key: Key, place: Place) -> bool:
+    return checksum([raw.numpy().data], key, place.shape, place.error) == place.checksum
 
 
 def _damage(key: Key, place: Place) -> str:

@@ -111,8 +111,9 @@ def estimate(
     missing: Sequence[Key],
     clock: Clock,
     alone: bool,
+    room: int,
 ) -> Estimate:
-    """The cost of having all that is wanted when some is missing."""
+    """The cost of having all that is wanted when some is missing and the memory tier has room for some bytes."""
     c = model.config
     hooks = list(dict.fromkeys(key.scope.hook for key in wanted))
     absent: dict[bytes, list[str]] = {}
@@ -134,8 +135,7 @@ def estimate(
         missing=len(missing),
         bytes=sum(sizes[key.scope.hook, lengths[key.sequence]] for key in wanted),
         missing_bytes=sum(sizes[key.scope.hook, lengths[key.sequence]] for key in missing),
-        # what is returned, the memory tier's copy, and the batches in hand (two on a GPU)
-        peak_bytes=2 * returned + 2 * largest,
+        peak_bytes=returned + min(returned, room) + 2 * largest,  # two batches: one is kept while the next computes
         seconds=flops / clock.speed(model) if flops else 0.0,
     )
 

@@ -76,9 +76,8 @@ class Memory:
             self._kept = {key: row for key, row in held.items() if self._pinned(key)}
             self._rows = OrderedDict((key, row) for key, row in held.items() if key not in self._kept)
 
-    def keys(self) -> list[Key]:
-        with self._lock:
-            return [*self._rows, *self._kept]
+    def renew_lock(self) -> None:
+        self._lock = threading.Lock()
 
 
 def _size(row: Tensor) -> int:

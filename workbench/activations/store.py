@@ -9,9 +9,13 @@ everybody gets; a recomputation would agree to float rounding (other batch shape
 from __future__ import annotations
 
 import copy
+import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+import weakref
+from collections import Counter
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +63,7 @@ class ActivationStore:
         self._clock = Clock()
         self._counts = dict.fromkeys(COUNTS, 0)
         self.used: dict[Scope, set[bytes]] | None = None
+        os.register_at_fork(after_in_child=partial(_renew_locks, weakref.ref(self)))
 
     def session(self) -> ActivationStore:
         """The same store with counts of its own and a record of the entries `used`: what one run did."""
@@ -99,9 +104,10 @@ class ActivationStore:
         if target.type != "cpu":
             rows = self._on_device(request, wanted, target, max_error)
         else:
-            for key, row, error in self._rows(request, wanted):
-                _check_error(key, error, max_error)
-                rows[key] = row
+            with closing(self._rows(request, wanted)) as found:  # closed in any case: it holds claims
+                for key, row, error in found:
+                    _check_error(key, error, max_error)
+                    rows[key] = row
         handed: set[Key] = set()
 
         def own(key: Key) -> Tensor:
@@ -181,17 +187,17 @@ class ActivationStore:
         admit: bool = True,
         own: bool = True,
         allocate: Allocate = block,
-    ) -> Iterator[Row]:
+    ) -> Generator[Row, None, None]:
         """Each key with its row. `admit`: keep a copy in memory. Without `own` the row may be the memory tier's."""
         held = self.memory.get(wanted)
         self._count("memory_hits", len(held))
         self._note_used(held)
         for key, (row, error) in held.items():
             yield key, row.clone() if own else row, error
-        missing = {key for key in wanted if key not in held}
-        for key, row, error in stored(self.disk, self.codec, missing, allocate):
+        missing = {key: None for key in wanted if key not in held}  # in order: batches must not depend on hashes
+        for key, row, error in stored(self.disk, self.codec, list(missing), allocate):
             self._count("disk_hits", 1)
-            missing.discard(key)
+            del missing[key]
             yield self._taken(key, row, error, admit)
         for key, row, error in self._computing(request).rows(missing):
             yield self._taken(key, row, error, admit)
@@ -225,10 +231,11 @@ class ActivationStore:
                 rows[key] = row.clone()
         self._count("device_hits", len(rows))
         self._note_used(rows)
-        for key, row, error in self._rows(request, [key for key in wanted if key not in rows], own=False):
-            _check_error(key, error, max_error)
-            rows[key] = row.to(device, non_blocking=True)
-            self.device.put(key, rows[key].clone(), error)
+        with closing(self._rows(request, [key for key in wanted if key not in rows], own=False)) as found:
+            for key, row, error in found:
+                _check_error(key, error, max_error)
+                rows[key] = row.to(device, non_blocking=True)
+                self.device.put(key, rows[key].clone(), error)
         return rows
 
     def _window(
@@ -283,8 +290,10 @@ class ActivationStore:
         here = set(self.memory.get(wanted))
         here |= self.disk.has(key for key in wanted if key not in here).keys()
         missing = [key for key in wanted if key not in here]
-        return inventory.estimate(request.model, self.codec, request.tokens, request.sequences, wanted, missing,
-                                  self._clock, request.alone)  # fmt: skip
+        room = self.memory.budget - self.memory.bytes
+        return inventory.estimate(
+            model, self.codec, request.tokens, request.sequences, wanted, missing, self._clock, request.alone, room
+        )
 
     def stats(self) -> Stats:
         entries, size = self.disk.totals()
@@ -365,7 +374,8 @@ class ActivationStore:
 
     def _refuse_what_cannot_fit(self, request: Request) -> None:
         config, hooks = request.model.config, list(request.scopes)
-        size = sum(capture.captured_bytes(config, len(request.tokens[digest]), hooks) for digest in request.sequences)
+        lengths = Counter(len(request.tokens[digest]) for digest in request.sequences)
+        size = sum(n * capture.captured_bytes(config, length, hooks) for length, n in lengths.items())
         free = free_bytes()
         if size > free:
             raise UserError(
@@ -382,6 +392,15 @@ class ActivationStore:
             with self._lock:
                 for key in some:
                     self.used.setdefault(key.scope, set()).add(key.sequence)
+
+
+def _renew_locks(store: weakref.ref[ActivationStore]) -> None:
+    """In a forked child, where the thread that held one does not exist."""
+    this = store()
+    if this is not None:
+        this._lock = threading.Lock()
+        this.memory.renew_lock()
+        this.device.renew_lock()
 
 
 def _check_error(key: Key, error: float, limit: float | None) -> None:
