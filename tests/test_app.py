@@ -76,7 +76,7 @@ def save(result: Any, analysis: str = "patching", task_name: str = "ioi", seed: 
     }
     root = settings.home() / "runs"
     root.mkdir(exist_ok=True)
-    runs._save(root / id, record | changes, arrays)
+    runs._save(root / id, record | changes, {"arrays": arrays})
     return id
 
 

@@ -416,6 +416,14 @@ def test_a_request_larger_than_memory_is_refused_with_the_numbers(
     assert len(list(store.stream(tiny, sequences(12), [OUT], rows=16))) == 5  # 78 rows
 
 
+def test_more_than_the_disk_holds_is_refused_with_the_numbers(tiny: LanguageModel, tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path / "s", disk_bytes=9_000)
+    with pytest.raises(UserError, match=r"12 sequences at 1 hook points take .* raise WORKBENCH_STORE_DISK"):
+        store.fill(tiny, sequences(12), [OUT])
+    assert store.stats().forward_passes == 0
+    store.fill(tiny, sequences(8), [OUT])
+
+
 def test_fill_stores_and_returns_nothing(tiny: LanguageModel, store: ActivationStore) -> None:
     store.fill(tiny, sequences(12), [OUT])
     assert store.stats().memory_entries == 0

@@ -43,12 +43,12 @@ def zero() -> Intervention:
 
 def mean(value: Tensor) -> Intervention:
     """Mean ablation: replace by the mean over a reference distribution, given without its batch axis."""
-    return Intervention("mean", 0.0, value)
+    return Intervention("mean", 0.0, value.clone())
 
 
 def resample(value: Tensor) -> Intervention:
     """Replace by the value from another run, such as the corrupted prompt's: activation patching."""
-    return Intervention("resample", 0.0, value)
+    return Intervention("resample", 0.0, value.clone())
 
 
 def steer(direction: Tensor, strength: float) -> Intervention:

@@ -7,10 +7,13 @@ two threads that hook one module would record each other's activations.
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -53,6 +56,8 @@ class LanguageModel:
         self._family = family(self.config.model_type)
         self._module.set_attn_implementation(backend.KERNEL)
         self._lock = threading.RLock()
+        self._running: AbstractContextManager[None] | None = None  # the hooks of the pass under way
+        os.register_at_fork(after_in_child=partial(_after_fork, weakref.ref(self)))
         self.hook_points = backend.hook_points(self._family, self.config.n_layers)
 
     @classmethod
@@ -151,7 +156,11 @@ class LanguageModel:
         )
         with self._lock, nullcontext() if grad else torch.no_grad(), context:
             self.forward_passes += 1
-            out = self._forward(tokens.to(self.device), logits, start)
+            self._running = context
+            try:
+                out = self._forward(tokens.to(self.device), logits, start)
+            finally:
+                self._running = None
         return Forward(out, found)
 
     def _forward(self, tokens: Tensor, logits: str, start: Resume | None) -> Tensor | None:
@@ -277,6 +286,16 @@ def numerics(dtype: str, device: str) -> str:
     kind = torch.device(device).type
     reduced = kind == "cuda" and torch.backends.cuda.matmul.allow_tf32
     return f"{dtype}-sdpa-{kind}{'-tf32' if reduced else ''}"
+
+
+def _after_fork(model: weakref.ref[LanguageModel]) -> None:
+    """In the child, where no thread is left to finish a pass that was under way: take its hooks and its lock away."""
+    this = model()
+    if this is not None:
+        this._lock = threading.RLock()
+        if this._running is not None:
+            this._running.__exit__(None, None, None)
+            this._running = None
 
 
 def _visitor(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
 
 from workbench.errors import UserError
@@ -29,9 +30,7 @@ def writable_folder(path: Path) -> None:
     """Create a folder, or say in one sentence why it cannot be written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()  # without a name where the system can: a kill leaves nothing behind
     except OSError as error:
         raise UserError(
             f"{path} cannot be written to ({error.strerror}); set WORKBENCH_HOME to a folder that can."

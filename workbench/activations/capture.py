@@ -86,7 +86,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 def run(model: LanguageModel, tokens: Tensor, hooks: Sequence[str], edit: Edits | None) -> Captured:
     """One forward pass. Raises UserError when it gives values that are not numbers."""
-    found = model.run(tokens, capture=hooks, edit=dict(edit) if edit else None, logits="none")
+    found = model.run(tokens, capture=hooks, edit=edit, logits="none")
     return Captured({hook: found[hook] for hook in hooks})
 
 

@@ -8,6 +8,8 @@ of a killed process is void.
 from __future__ import annotations
 
 import time
+import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -55,7 +57,7 @@ class Computing:
         self._clock = clock
         self._count = count
         self._request = request
-        self._claimed: dict[bytes, bytes] = {}  # sequence -> forward pass, claimed and not yet written
+        self._claimant = uuid.uuid4().hex
 
     def rows(self, missing: Iterable[Key]) -> Iterator[Row]:
         """Compute what nobody else is computing, batch by batch; then read what the others have made meanwhile."""
@@ -63,9 +65,10 @@ class Computing:
         pause = 0.002
         while todo:
             done: set[Key] = set()
-            for key, row, error in self._unclaimed(todo):
-                done.add(key)
-                yield key, row, error
+            for made in self._unclaimed(todo):
+                done.add(made[0])
+                yield made
+                del made  # a view of its batch, which must not stay in memory while the next is computed
             for key, row, error in stored(self._disk, self._codec, [key for key in todo if key not in done]):
                 self._count("waited_for", 1)
                 done.add(key)
@@ -82,38 +85,31 @@ class Computing:
             missing.setdefault(key.sequence, []).append(key.scope.hook)
         lengths = {sequence: len(request.tokens[sequence]) for sequence in missing}
         batches = capture.plan(request.model, lengths, missing, request.alone)
-        pending: tuple[Planned, capture.Captured] | None = None
+        pending: deque[tuple[Planned, capture.Captured]] = deque()
+        ahead = 1 if request.model.device.type == "cuda" else 0  # a batch is written while the GPU computes the next
         try:
             quiet = True if len(batches) < 3 else None  # None: shown on a terminal
             for batch in tqdm(batches, desc="activations", disable=quiet, leave=False):
                 mine = self._claim(batch)
                 if not mine.sequences:
                     continue
-                captured = self._pass(mine)
-                if pending is not None:  # written while a GPU computes the next
-                    yield from self._keep(*pending)
-                pending = (mine, captured)
-            if pending is not None:
-                yield from self._keep(*pending)
+                pending.append((mine, self._pass(mine)))
+                if len(pending) > ahead:
+                    yield from self._keep(*pending.popleft())
+            while pending:
+                yield from self._keep(*pending.popleft())
         finally:
-            self._release(list(self._claimed))
+            self._disk.release(self._claimant)
 
     def _claim(self, batch: Planned) -> Planned:
         """The part of a batch that nobody else is computing, and that has not been stored since we looked."""
         scopes = [self._request.scopes[hook] for hook in batch.hooks]
         passes = {keys.pass_digest(scopes[0], sequence): sequence for sequence in batch.sequences}
-        won = {passes[digest]: digest for digest in self._disk.claim(list(passes))}
-        self._claimed |= won
+        won = {passes[digest]: digest for digest in self._disk.claim(list(passes), self._claimant)}
         late = {key.sequence for key in self._disk.has(Key(scope, sequence) for scope in scopes for sequence in won)}
-        self._release(late)
-        return Planned(
-            [sequence for sequence in batch.sequences if sequence in won and sequence not in late], batch.hooks
-        )
-
-    def _release(self, sequences: Iterable[bytes]) -> None:
-        passes = [self._claimed.pop(sequence) for sequence in sequences]
-        if passes:
-            self._disk.release(passes)
+        if late:
+            self._disk.release(self._claimant, [won[sequence] for sequence in late])
+        return Planned([sequence for sequence in batch.sequences if sequence in won.keys() - late], batch.hooks)
 
     def _pass(self, batch: Planned) -> capture.Captured:
         request = self._request
@@ -138,11 +134,9 @@ class Computing:
                 entries.append(NewEntry(key, encoded.pieces[n], tuple(x.shape[1:]), encoded.errors[n]))
         length = len(request.tokens[batch.sequences[0]])
         how = Pass(request.model.name, f"{len(batch.sequences)}x{length}", torch.get_num_threads())
-        taken = self._disk.write(
-            how, entries, request.tokens, [self._claimed[sequence] for sequence in batch.sequences]
-        )
-        for sequence in batch.sequences:
-            del self._claimed[sequence]
+        scope = request.scopes[batch.hooks[0]]
+        claims = [keys.pass_digest(scope, sequence) for sequence in batch.sequences]
+        taken = self._disk.write(how, entries, request.tokens, release=claims)
         for key, row, error in stored(self._disk, self._codec, taken):
             rows[key] = (row, error)
         self._count("computed", len(rows))

@@ -83,10 +83,9 @@ class Disk:
         self._reset()
         self._remove_leftovers()
         # A forked child may use the store, but neither its parent's locks nor its open shards.
-        os.register_at_fork(after_in_child=partial(_reset, weakref.ref(self)))
+        os.register_at_fork(after_in_child=partial(_after_fork, weakref.ref(self)))
 
     def _reset(self) -> None:
-        self._owner = None
         self._lock = threading.RLock()
         self._writers = Writers(self.root, self.index)
         self._readers = Readers(self.root)
@@ -104,17 +103,15 @@ class Disk:
             for run in _runs(places):
                 buffers = allocate([(key, place.nbytes) for key, place in run])
                 first = run[0][1]
-                try:
-                    got = self._readers.read(first.file, first.offset, buffers)
-                except FileNotFoundError:  # evicted by another process
-                    continue
+                got = self._readers.read(first.file, first.offset, buffers)
                 for (key, place), raw in zip(run, buffers, strict=True):
                     whole = place.offset + place.nbytes <= first.offset + got
                     if whole and _matches(raw, key, place):
                         yield key, StoredEntry(raw, place.shape, place.error)
                         continue
-                    log.warning("%s; dropped", _damage(key, place))
-                    self.index.forget(key, place)
+                    if self.has([key]).get(key) == place:  # else it has been evicted meanwhile
+                        log.warning("%s; dropped", _damage(key, place))
+                        self.index.forget(key, place)
             with suppress(sqlite3.OperationalError):  # a lost timestamp is no loss
                 self.index.touch({place.shard for _, place in places})
 
@@ -193,21 +190,38 @@ class Disk:
 
     # ---- claims: what is being computed, by whom ----
 
-    def claim(self, passes: Sequence[bytes]) -> set[bytes]:
-        """Those of these forward passes that no other store, in this process or another, is computing.
+    def claim(self, passes: Sequence[bytes], claimant: str) -> set[bytes]:
+        """Those of these forward passes that nobody else, in this process or another, is computing.
 
-        A claim dies with its process: every store that computes holds a lock on a file of its own.
+        A claim lasts until it is written or released, or until its process is no more: every store that computes holds
+        a lock on a file of its own, which the kernel gives back.
         """
         with self._lock, self.index.guard():
             if self._owner is None:
                 self._owner = _new_owner(self.root)
-                weakref.finalize(self, _release_owner, self.root / self._owner[0], self._owner[1], os.getpid())
+                self._disown = weakref.finalize(
+                    self, _release_owner, self.root / self._owner[0], self._owner[1], os.getpid()
+                )
             ours = self._owner[0]
-            return self.index.claim(passes, ours, lambda name: name == ours or _locked(self.root / name))
 
-    def release(self, passes: Iterable[bytes]) -> None:
-        with self.index.guard():
-            self.index.release(passes)
+            def alive(owner: str) -> bool:
+                name = owner.split("/")[0]
+                return name == ours or _locked(self.root / name)
+
+            return self.index.claim(passes, f"{ours}/{claimant}", alive)
+
+    def release(self, claimant: str, passes: Sequence[bytes] | None = None) -> None:
+        """Give back claims: some, or all."""
+        with self._lock:
+            if self._owner is None:
+                return
+            try:
+                with self.index.guard():
+                    self.index.release(f"{self._owner[0]}/{claimant}", passes)
+            except BaseException:  # a full disk, an interrupt: nobody must wait for what is not being computed
+                self._owner = None
+                self._disown()  # voids all claims of this store; what it still computes, another may compute too
+                raise
 
     # ---- space ----
 
@@ -236,36 +250,40 @@ class Disk:
             if shard in pinned:
                 continue
             self._writers.forget({shard})
-            self.index.forget_shard(shard)  # index first: an entry must never point at a file that is gone
-            (self.root / file).unlink(missing_ok=True)
+            try:
+                self.index.forget_shard(shard)  # index first: what it names should be there
+                self._delete(file)
+            except sqlite3.OperationalError:  # no room for that; entries whose bytes are gone are found to be missing
+                self._delete(file)
+                self.index.forget_shard(shard)
             self._readers.close(file)
             left -= size
             freed += size
         return freed
 
+    def _delete(self, file: str) -> None:
+        with suppress(OSError):
+            os.truncate(self.root / file, 0)  # gives back the space even while another process has the file open
+        (self.root / file).unlink(missing_ok=True)
+
     def room(self) -> int:
         """Bytes that can be stored once everything that is not pinned has been evicted."""
         with self.index.guard():
-            return self.budget - self._pinned_bytes()
-
-    def _pinned_bytes(self) -> int:
-        pinned = self.index.pinned_shards()
-        if not pinned:
-            return 0
-        return sum(size for id, size in self.index.db().execute("SELECT id, bytes FROM shards") if id in pinned)
+            pinned = self.index.pinned_shards()
+            shards = self.index.db().execute("SELECT id, bytes FROM shards").fetchall() if pinned else ()
+        return self.budget - sum(int(size) for id, size in shards if id in pinned)
 
     def _make_room(self, nbytes: int) -> None:
-        _, size = self.totals()
-        if size + nbytes <= self.budget:
-            return
-        self._evict(None, None, self.budget - nbytes)
-        _, size = self.totals()
-        if size + nbytes > self.budget:
-            raise UserError(
-                f"one batch of activations takes {nbytes:,} bytes, more than is left of the disk budget of "
-                f"{self.budget:,} ({self._pinned_bytes():,} are pinned); raise WORKBENCH_STORE_DISK, unpin, or ask "
-                "for fewer sites."
-            )
+        for _ in range(100):  # others write meanwhile
+            if self.totals()[1] + nbytes <= self.budget:
+                return
+            if not self._evict(None, None, self.budget - nbytes) and nbytes > self.room():
+                break
+        raise UserError(
+            f"one batch of activations takes {nbytes:,} bytes, more than is left of the disk budget of "
+            f"{self.budget:,} ({self.budget - self.room():,} are pinned); raise WORKBENCH_STORE_DISK, unpin, or ask "
+            "for fewer sites."
+        )
 
     # ---- upkeep ----
 
@@ -277,16 +295,11 @@ class Disk:
                     yield f"the index is damaged: {sentence}"
             for key, place, tokens in self.index.everything():
                 (raw,) = block([(key, place.nbytes)])
-                try:
-                    got = self._readers.read(place.file, place.offset, [raw])
-                except FileNotFoundError:
-                    got = 0
+                got = self._readers.read(place.file, place.offset, [raw])
                 if sequence_digest(token_bytes(tokens)) != key.sequence:
                     yield f"{key.sequence.hex()} ({key.scope.hook}): its token ids do not match its digest"
-                elif not (got == place.nbytes and _matches(raw, key, place)):
-                    with suppress(KeyError):  # evicted meanwhile
-                        if self.has([key])[key] == place:
-                            yield _damage(key, place)
+                elif not (got == place.nbytes and _matches(raw, key, place)) and self.has([key]).get(key) == place:
+                    yield _damage(key, place)  # unless it has been evicted meanwhile
 
     def _remove_leftovers(self) -> None:
         """Delete shard files that no index row names (an eviction was killed between index and file), and the lock
@@ -300,8 +313,7 @@ class Disk:
                     path.unlink(missing_ok=True)
             for path in self.root.glob("*.owner"):
                 if not _locked(path):
-                    self.index.db().execute("DELETE FROM claims WHERE owner = ?", (path.name,))
-                    path.unlink(missing_ok=True)
+                    self.index.db().execute("DELETE FROM claims WHERE owner GLOB ? || '/*'", (path.name,))
 
 
 def _runs(places: Sequence[tuple[Key, Place]]) -> Iterator[list[tuple[Key, Place]]]:
@@ -338,13 +350,14 @@ def _software() -> str:
 
 
 def _locked(path: Path) -> bool:
-    """Whether the store that owns this lock file is alive."""
+    """Whether the store that owns this lock file is alive. The file of a dead one is deleted."""
     try:
         file = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
     except OSError:
         return True
     finally:
@@ -352,9 +365,14 @@ def _locked(path: Path) -> bool:
     return False
 
 
-def _reset(disk: weakref.ref[Disk]) -> None:
+def _after_fork(disk: weakref.ref[Disk]) -> None:
+    """In the child. A lock lives until every process that inherited its file has closed it."""
     this = disk()
     if this is not None:
+        if this._owner is not None:
+            os.close(this._owner[1])
+            this._owner = None
+        _close(this._writers, this._readers)
         this._reset()
 
 
@@ -364,12 +382,13 @@ def _close(writers: Writers, readers: Readers) -> None:
 
 
 def _new_owner(root: Path) -> tuple[str, int]:
-    """Locked before it has its name, so that nobody finds it unlocked while we live."""
-    name = uuid.uuid4().hex
-    file = os.open(root / name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
-    fcntl.flock(file, fcntl.LOCK_EX)
-    os.rename(root / name, root / f"{name}.owner")
-    return f"{name}.owner", file
+    while True:
+        name = f"{uuid.uuid4().hex}.owner"
+        file = os.open(root / name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if (root / name).exists():
+            return name, file
+        os.close(file)  # another process saw it before it was locked, and took it for dead
 
 
 def _release_owner(path: Path, file: int, pid: int) -> None:

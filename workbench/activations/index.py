@@ -35,7 +35,7 @@ CREATE TABLE shards (id INTEGER PRIMARY KEY, file TEXT UNIQUE, model TEXT, hook 
     used REAL, sealed INTEGER DEFAULT 0);
 CREATE TABLE entries (sequence INTEGER, scope INTEGER, shard INTEGER, offset INTEGER, nbytes INTEGER, checksum INTEGER,
     shape TEXT, error REAL, pass INTEGER, PRIMARY KEY (sequence, scope)) WITHOUT ROWID;
-CREATE INDEX entries_of_shard ON entries (shard);
+CREATE INDEX entries_of_shard ON entries (shard, offset);
 CREATE TABLE claims (pass BLOB PRIMARY KEY, owner TEXT) WITHOUT ROWID;
 CREATE TABLE runs (id INTEGER PRIMARY KEY, name TEXT UNIQUE);
 CREATE TABLE uses (sequence INTEGER, scope INTEGER, run INTEGER, PRIMARY KEY (sequence, scope, run)) WITHOUT ROWID;
@@ -43,6 +43,8 @@ CREATE TABLE pins (model TEXT, hook TEXT, run TEXT, PRIMARY KEY (model, hook, ru
 """
 _PINNED_BY_RUN = """SELECT DISTINCT shard FROM pins JOIN runs ON name = pins.run JOIN uses ON uses.run = runs.id
     JOIN entries USING (sequence, scope) WHERE pins.run != ''"""
+_NONSENSE = (UnicodeDecodeError, TypeError, OverflowError)  # what damaged values give
+_PATIENCE = 60  # seconds to wait for a lock of the database
 _MANY = 500  # values bound in one statement
 _inherited: list[sqlite3.Connection] = []  # a forked child may neither use nor close its parent's connections
 
@@ -104,10 +106,7 @@ class Index:
         if getattr(self._local, "pid", None) != os.getpid():
             if hasattr(self._local, "db"):
                 _inherited.append(self._local.db)
-            self._local.db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-            self._local.db.execute("PRAGMA journal_mode = WAL")
-            # A power cut may lose the last transactions or shard bytes behind the index; checksums tell the latter.
-            self._local.db.execute("PRAGMA synchronous = NORMAL")
+            self._local.db = _connect(self.path)
             self._local.pid = os.getpid()
         db: sqlite3.Connection = self._local.db
         return db
@@ -136,7 +135,7 @@ class Index:
                 f"the activation store in {self.path.parent} could not be used ({error}); what was stored before is "
                 "safe. Free space, run `wb store evict`, or set WORKBENCH_HOME to another disk."
             ) from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, *_NONSENSE) as error:
             raise UserError(
                 f"the index of the activation store is damaged ({error}): {self.path}. Delete the folder "
                 f"{self.path.parent}; what is needed is computed again."
@@ -202,7 +201,7 @@ class Index:
         return taken
 
     def forget(self, key: Key, place: Place) -> None:
-        """Drop a damaged entry, unless it has been replaced meanwhile."""
+        """Drop a damaged entry, unless it has been evicted or replaced meanwhile."""
         with self.transaction() as db:
             entry = "sequence = (SELECT id FROM sequences WHERE digest = ?) AND scope = ?"
             which = (key.sequence, self.scope_id(key.scope))
@@ -211,16 +210,27 @@ class Index:
             )
             if gone.rowcount:
                 db.execute(f"DELETE FROM uses WHERE {entry}", which)
+        if dict(self.find([key])).get(key) == place:
+            raise sqlite3.DatabaseError("a damaged entry cannot be dropped")
 
     def everything(self) -> Iterator[tuple[Key, Place, Tensor]]:
-        """Every entry with its tokens, in the order of the files."""
-        query = """SELECT digest, tokens, model, numerics, hook, codec, edit, shard, file, offset, nbytes, checksum,
-                   shape, error FROM (SELECT id AS shard_id, file FROM shards) JOIN entries ON shard = shard_id
-                   JOIN sequences ON sequence = sequences.id JOIN scopes ON scope = scopes.id ORDER BY shard, offset"""
-        for digest, tokens, *row in self.db().execute(query):
-            shard, file, offset, nbytes, check, shape, error = row[5:]
-            place = Place(shard, file, offset, nbytes, check, _shape(shape), error)
-            yield Key(Scope(*row[:5]), digest), place, token_ids(tokens)
+        """Every entry with its tokens, in the order of the files; what changes meanwhile may be in it or not."""
+        query = f"""SELECT digest, tokens, model, numerics, hook, codec, edit, shard, file, offset, nbytes, checksum,
+                    shape, error FROM (SELECT id AS shard_id, file FROM shards WHERE id = ?)
+                    JOIN entries ON shard = shard_id JOIN sequences ON sequence = sequences.id
+                    JOIN scopes ON scope = scopes.id
+                    WHERE offset > ? ORDER BY offset LIMIT {_MANY}"""
+        for (id,) in self.db().execute("SELECT id FROM shards ORDER BY id").fetchall():
+            last = -1
+            # In pieces: an open query would hold on to the index as it was when it began.
+            while rows := self.db().execute(query, (id, last)).fetchall():
+                before = last
+                for digest, tokens, *row in rows:
+                    shard, file, last, nbytes, check, shape, error = row[5:]
+                    place = Place(shard, file, last, nbytes, check, _shape(shape), error)
+                    yield Key(Scope(*row[:5]), digest), place, token_ids(tokens)
+                if last <= before:
+                    raise sqlite3.DatabaseError("entries and their index disagree")
 
     def forget_shard(self, shard: int) -> None:
         """Drop a shard, its entries, and the sequences of which nothing is left."""
@@ -237,7 +247,7 @@ class Index:
     # ---- claims ----
 
     def claim(self, passes: Sequence[bytes], owner: str, alive: Callable[[str], bool]) -> set[bytes]:
-        """Those of these forward passes that nobody alive is computing; they are ours until released."""
+        """Those of these forward passes that nobody alive is computing; they are the owner's until released."""
         with self.transaction() as db:
             others: dict[str, list[bytes]] = {}
             for some in _chunks(passes):
@@ -250,9 +260,13 @@ class Index:
             db.executemany("INSERT INTO claims VALUES (?,?)", [(digest, owner) for digest in mine])
         return set(mine)
 
-    def release(self, passes: Iterable[bytes]) -> None:
+    def release(self, owner: str, passes: Sequence[bytes] | None = None) -> None:
+        """Give back some of an owner's claims, or all of them."""
         with self.transaction() as db:
-            db.executemany("DELETE FROM claims WHERE pass = ?", [(digest,) for digest in passes])
+            if passes is None:
+                db.execute("DELETE FROM claims WHERE owner = ?", (owner,))
+            else:
+                db.executemany("DELETE FROM claims WHERE owner = ? AND pass = ?", [(owner, one) for one in passes])
 
     # ---- use ----
 
@@ -295,6 +309,21 @@ class Index:
         named = """SELECT shards.id FROM shards JOIN pins ON run = '' AND pins.model IN ('', shards.model)
                    AND pins.hook IN ('', shards.hook)"""
         return {shard for query in (named, _PINNED_BY_RUN) for (shard,) in self.db().execute(query)}
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            # A power cut may lose the last transactions or shard bytes behind the index; checksums tell the latter.
+            db.execute("PRAGMA synchronous = NORMAL")
+            return db
+        except sqlite3.OperationalError as error:  # while another process opens or closes, SQLite does not wait itself
+            if "locked" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def token_ids(stored: bytes) -> Tensor:

@@ -9,7 +9,7 @@ sequence was computed in, in what order, and which tool asked are no part of eit
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -67,10 +67,7 @@ def sequence_digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def sequence_digests(sequences: Sequence[Tensor] | Tensor) -> list[bytes]:
-    if isinstance(sequences, Tensor):  # one conversion for all
-        rows = sequences.to("cpu", torch.int64).contiguous().numpy().astype("<i8", copy=False)
-        return [sequence_digest(row.tobytes()) for row in rows]
+def sequence_digests(sequences: Iterable[Tensor]) -> list[bytes]:
     return [sequence_digest(token_bytes(one)) for one in sequences]
 
 

@@ -134,17 +134,17 @@ class Readers:
         self._lock = threading.Lock()
 
     def read(self, name: str, offset: int, buffers: Sequence[Tensor]) -> int:
-        """Fill byte tensors from one place on; returns how many bytes there were.
-
-        Raises FileNotFoundError when the shard has been evicted.
-        """
+        """Fill byte tensors from one place on; returns how many bytes there were, 0 for a file that is gone or cannot
+        be read."""
         views = [buffer.numpy().data for buffer in buffers]
         with self._lock:
             file = self._files.pop(name, None)
-        if file is None:
-            file = os.open(self._root / name, os.O_RDONLY)
+        got = 0
         try:
-            got = 0
+            file = os.open(self._root / name, os.O_RDONLY) if file is None else file
+        except (OSError, ValueError):  # ValueError: a damaged name
+            return 0
+        try:
             for start in range(0, len(views), _PIECES):
                 some = views[start : start + _PIECES]
                 size = sum(map(len, some))
@@ -158,6 +158,8 @@ class Readers:
                         while count and count >= len(some[0]):
                             count -= len(some.pop(0))
                         some[0] = some[0][count:]
+            return got
+        except (OSError, OverflowError):  # not a file, a damaged disk, a damaged offset
             return got
         finally:
             self._give_back(name, file)

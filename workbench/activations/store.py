@@ -108,32 +108,28 @@ class ActivationStore:
                 for key, row, error in found:
                     _check_error(key, error, max_error)
                     rows[key] = row
-        handed: set[Key] = set()
-
-        def own(key: Key) -> Tensor:
-            """The same sequence twice in one request: two tensors."""
-            if key in handed:
-                return rows[key].clone()
-            handed.add(key)
-            return rows[key]
-
         return {
-            hook: [own(Key(scope, digest)) for digest in request.sequences] for hook, scope in request.scopes.items()
+            hook: _each_its_own([rows[Key(scope, digest)] for digest in request.sequences])
+            for hook, scope in request.scopes.items()
         }
 
     def fill(
         self, model: LanguageModel, sequences: Sequences, hooks: Sequence[str], *, edit: Edits | None = None,
         canonical: bool = False,
     ) -> None:  # fmt: skip
-        """Compute and store what is missing, and return nothing: memory does not grow with the number of sequences."""
+        """Compute and store what is missing, and return nothing: memory does not grow with the number of sequences.
+
+        Raises UserError, besides what `get` does, for more than the disk's budget.
+        """
         request = self._request(model, sequences, hooks, edit, canonical)
+        self._refuse_what_no_disk_holds(request)
         digests = list(request.tokens)
         size = max(1, 2**16 // max(1, len(hooks)))
         for start in range(0, len(digests), size):
             some = request.keys(digests[start : start + size])
             here = self.disk.has(some)
-            for _ in self._computing(request).rows(key for key in some if key not in here):
-                pass
+            for row in self._computing(request).rows(key for key in some if key not in here):
+                del row  # it keeps its batch in memory
             self._note_used(some)
 
     def stream(
@@ -167,13 +163,15 @@ class ActivationStore:
         for hook in hooks:
             if hook not in model.hook_points:
                 raise unknown(f"hook point of {model.name}", hook, model.hook_points)
-        digests = keys.sequence_digests(sequences)
+        # Copies: a caller may change the tokens while a stream is still to compute them.
+        tokens = [one.detach().to("cpu", torch.int64, copy=True) for one in sequences]
+        digests = keys.sequence_digests(tokens)
         return Request(
             model=model,
             scopes=keys.scopes(model, list(dict.fromkeys(hooks)), self.codec, edit, canonical),
             sequences=digests,
-            tokens=dict(zip(digests, sequences, strict=True)),
-            edit=edit,
+            tokens=dict(zip(digests, tokens, strict=True)),
+            edit=dict(edit) if edit else None,
             alone=canonical,
         )
 
@@ -383,6 +381,20 @@ class ActivationStore:
                 f"{free / 1e9:,.1f} GB of memory are free; use stream(), fewer hook points or fewer sequences."
             )
 
+    def _refuse_what_no_disk_holds(self, request: Request) -> None:
+        config = request.model.config
+        size = sum(
+            n * codecs.size(capture.shape_at(hook, config, length), self.codec)
+            for length, n in Counter(map(len, request.tokens.values())).items()
+            for hook in request.scopes
+        )
+        if size > self.disk.room():
+            raise UserError(
+                f"{len(request.tokens):,} sequences at {len(request.scopes)} hook points take {size / 1e9:,.1f} GB as "
+                f"{self.codec}, but the disk tier has {self.disk.room() / 1e9:,.1f} GB that are not pinned; raise "
+                "WORKBENCH_STORE_DISK, choose a smaller codec, or ask for less."
+            )
+
     def _count(self, name: str, amount: int) -> None:
         with self._lock:
             self._counts[name] += amount
@@ -401,6 +413,16 @@ def _renew_locks(store: weakref.ref[ActivationStore]) -> None:
         this._lock = threading.Lock()
         this.memory.renew_lock()
         this.device.renew_lock()
+
+
+def _each_its_own(rows: list[Tensor]) -> list[Tensor]:
+    """The same sequence twice in one request: two tensors."""
+    seen: set[int] = set()
+    for i, row in enumerate(rows):
+        if id(row) in seen:
+            rows[i] = row.clone()
+        seen.add(id(row))
+    return rows
 
 
 def _check_error(key: Key, error: float, limit: float | None) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -87,7 +88,8 @@ class Stream(Iterator[Rows]):
             else:
                 numbers.append(number)
         held: Rows = {}
-        with ThreadPoolExecutor(1) as ahead:
+        ahead = ThreadPoolExecutor(1)
+        try:
             coming: Future[Mapping[str, Tensor]] | None = None
             for place, number in enumerate(numbers):
                 coming = coming or ahead.submit(self._load, self._windows[number])
@@ -96,12 +98,13 @@ class Stream(Iterator[Rows]):
                 coming = ahead.submit(self._load, self._windows[following[0]]) if following else None
                 yield from self._hand_out(found, held, number, skip, last=not following)
                 skip = 0
+        finally:
+            ahead.shutdown(wait=False, cancel_futures=True)  # not joined: the collector may end us in that very thread
 
     def _hand_out(self, found: Mapping[str, Tensor], held: Rows, number: int, skip: int, last: bool) -> Iterator[Rows]:
         """Full batches of a window, led by what the window before left over; the rest goes to `held`."""
         length = len(next(iter(found.values())))
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number + 1)
-        order = torch.randperm(length, generator=generator)[skip:]
+        order = torch.from_numpy(_shuffled(length, self._seed, number + 1))[skip:]
         place = 0
         if held:
             place = min(self.rows - len(next(iter(held.values()))), len(order))
@@ -122,13 +125,17 @@ class Stream(Iterator[Rows]):
 
 
 def _windows(lengths: Sequence[int], window: int, seed: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
     windows: list[list[int]] = []
     filled = window
-    for i in torch.randperm(len(lengths), generator=generator).tolist():
+    for i in _shuffled(len(lengths), seed, 0).tolist():
         if filled >= window:
             windows.append([])
             filled = 0
         windows[-1].append(i)
         filled += lengths[i]
     return windows
+
+
+def _shuffled(n: int, seed: int, number: int) -> np.ndarray:
+    """A permutation. Not torch's generator: it takes 32 bits of a seed, and neighbouring seeds begin alike."""
+    return np.random.default_rng([seed % 2**64, number]).permutation(n)
