@@ -219,7 +219,8 @@ def test_a_kill_at_any_instant_loses_at_most_the_batch_in_flight(
         time.sleep(rng.random() * 0.15)
         child.kill()
         store = ActivationStore(root, memory_bytes=0)
-        assert store.verify() == []
+        if kill < 10 or kill % 40 == 39:  # reading everything takes ever longer
+            assert store.verify() == []
         for n in range(max(0, before - 1), done.value + 1):
             for batch in batches(n):
                 missing = store.estimate(tiny, batch, [Z, OUT]).missing
@@ -238,7 +239,7 @@ def test_a_kill_at_any_instant_loses_at_most_the_batch_in_flight(
         store.get(tiny, group(10**6), [Z, OUT])  # both series are taken up again
         return computed, bad
 
-    computed, bad = Child(finish).result()
+    computed, bad = Child(finish).result(20 * HANG)
     assert bad == [] and computed <= 2 * 6
     assert files(root) == dict(table(root, "SELECT file, bytes FROM shards"))  # tails of the dead are cut off
     assert len(files(root)) == 2
@@ -265,9 +266,10 @@ def store_known(disk: Disk, batch: int) -> None:
     disk.write(Pass("m", "4x1", 1), entries, tokens)
 
 
-def read_known(disk: Disk, batches: int) -> Counter[int]:
+def read_known(disk: Disk, batches: range) -> Counter[int]:
     """How many entries of each batch there are; all must be as they were written."""
-    which = {known(n, hook)[0]: n for n in range(4 * batches) for hook in ("a", "b", "c")}
+    numbers = range(4 * batches.start, 4 * batches.stop)
+    which = {known(n, hook)[0]: n for n in numbers for hook in ("a", "b", "c")}
     found: Counter[int] = Counter()
     for key, entry in disk.read(which):
         assert entry.raw.numpy().tobytes() == content(which[key])
@@ -290,18 +292,21 @@ def test_a_killed_writer_of_the_disk_tier_leaves_whole_batches(kills: int, evict
             if evicting and done.value % 7 == 0:
                 disk.evict(hook=random.choice("abc"), keep_bytes=0)
 
-    for _ in range(kills):
+    for kill in range(kills):
+        before = done.value
         child = Child(write)
         time.sleep(rng.random() * 0.12)
         child.kill()
         disk = Disk(root, 10**9)
-        assert list(disk.verify()) == []
         assert files(root).keys() <= {file for (file,) in table(root, "SELECT file FROM shards")}  # no leftovers
-        found = read_known(disk, done.value + 1)
+        everything = kill < 10 or kill % 40 == 39  # it takes ever longer
+        first = 0 if everything else max(0, before - 1)
+        assert not everything or list(disk.verify()) == []
+        found = read_known(disk, range(first, done.value + 1))
         if evicting:
             assert set(found.values()) <= {4, 8, 12}
         else:
-            assert [found[n] for n in range(done.value)] == [12] * done.value and found[done.value] in (0, 12)
+            assert all(found[n] == 12 for n in range(first, done.value)) and found[done.value] in (0, 12)
         del disk
     disk = Disk(root, 10**9)
     store_known(disk, 10**6)
@@ -376,6 +381,32 @@ def test_an_interrupt_at_any_instant_damages_and_blocks_nothing(
         return found
 
     assert Child(work).result() == {"damage": [], "wrong": [], "claims": 0}
+
+
+@pytest.mark.parametrize("times", [pytest.param(300, id="300"), pytest.param(5000, id="5000", marks=pytest.mark.slow)])
+def test_an_interrupted_write_takes_nothing_back_that_was_committed(times: int, tmp_path: Path) -> None:
+    """Least of all when the signal comes during the commit itself."""
+
+    def work() -> list[str]:
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        rng, disk = random.Random(4), Disk(tmp_path / "s", 10**9)
+        store_known(disk, 0)
+        signal.signal(signal.SIGALRM, interrupt)
+        batch = 1
+        for _ in range(times):
+            with suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 0.0005 + rng.random() * 0.006)
+                while True:
+                    batch += 1  # before, so that none is written twice
+                    store_known(disk, batch)
+        damage = list(disk.verify())
+        if set(read_known(disk, range(batch + 1)).values()) != {12}:
+            damage.append("half a batch")
+        return damage
+
+    assert Child(work).result() == []
 
 
 # ---- 2. races ----

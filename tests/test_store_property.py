@@ -23,22 +23,21 @@ from hypothesis.stateful import (
 
 from workbench.activations import ActivationStore, keys
 from workbench.errors import UserError
-from workbench.interventions import steer, zero
+from workbench.interventions import steer
 from workbench.models import LanguageModel
 from workbench.sites import block
 
 Z, OUT, FIRST = block(1, "attn.hook_z"), block(2, "hook_resid_post"), block(0, "hook_resid_post")
-HOOKS = (Z, OUT, FIRST)
+HOOKS = (Z, OUT)
 EDITS: dict[str, dict[Any, Any] | None] = {
     "none": None,
-    "zero": {Z: zero()},
     "steer": {FIRST: steer(torch.ones(32), 3)},
 }
-ROWS = [torch.arange(length) * 3 + i for i, length in enumerate((1, 2, 3, 5, 5, 5, 5, 8, 8, 13))]
+ROWS = [torch.arange(length) * 3 + i for i, length in enumerate((1, 3, 5, 5, 5, 13))]
 DIGESTS = [keys.sequence_digest(row.numpy().tobytes()) for row in ROWS]
 FLOAT16 = 5e-4  # relative L2 of a row
-WHICH = st.lists(st.integers(0, len(ROWS) - 1), max_size=8)
-SOME_HOOKS = st.lists(st.sampled_from(HOOKS), min_size=1, max_size=3, unique=True)
+WHICH = st.lists(st.integers(0, len(ROWS) - 1), max_size=8)  # few things, so that requests overlap
+SOME_HOOKS = st.lists(st.sampled_from(HOOKS), min_size=1, max_size=2, unique=True)
 EDIT = st.sampled_from(sorted(EDITS))
 BUDGET = st.sampled_from([0, 3_000, 10**8])
 Entry = tuple[str, str, str, int]  # codec, edit, hook point, number of the sequence
@@ -57,7 +56,7 @@ class Stores(RuleBasedStateMachine):
     model: LanguageModel
     truth: Mapping[tuple[str, str], Sequence[torch.Tensor]]  # by edit and hook point
 
-    @initialize(disk=st.sampled_from([40_000, 10**9]), memory=BUDGET)
+    @initialize(disk=st.sampled_from([16_000, 10**9]), memory=BUDGET)
     def begin(self, disk: int, memory: int) -> None:
         self.folder = tempfile.TemporaryDirectory()
         self.disk = disk
@@ -80,7 +79,6 @@ class Stores(RuleBasedStateMachine):
         store = ActivationStore(Path(self.folder.name) / "s", memory_bytes=memory, disk_bytes=self.disk, codec=codec)
         self.stores = [*self.stores[-1:], store]
 
-    @rule(n=st.integers(0, 1), some=WHICH, hooks=SOME_HOOKS, edit=EDIT, session=st.booleans())
     def get(self, n: int, some: list[int], hooks: list[str], edit: str, session: bool) -> None:
         store = self.stores[n % len(self.stores)]
         rows = [ROWS[i] for i in some]
@@ -105,6 +103,14 @@ class Stores(RuleBasedStateMachine):
                     assert right(row, self.truth[edit, hook][i], store.codec), (hook, i)
                     self.see((store.codec, edit, hook, i), row)
                     row.fill_(torch.nan)  # it is ours
+
+    @rule(n=st.integers(0, 1), some=WHICH, hooks=SOME_HOOKS, edit=EDIT)
+    def get_for_itself(self, n: int, some: list[int], hooks: list[str], edit: str) -> None:
+        self.get(n, some, hooks, edit, False)
+
+    @rule(n=st.integers(0, 1), some=WHICH, hooks=SOME_HOOKS, edit=EDIT)
+    def get_in_a_session(self, n: int, some: list[int], hooks: list[str], edit: str) -> None:
+        self.get(n, some, hooks, edit, True)
 
     @rule(n=st.integers(0, 1), some=WHICH, hooks=SOME_HOOKS, edit=EDIT)
     def fill(self, n: int, some: list[int], hooks: list[str], edit: str) -> None:
@@ -138,7 +144,7 @@ class Stores(RuleBasedStateMachine):
             names = torch.unique(wanted, dim=0, return_inverse=True)[1]  # a sequence may come twice
             assert Counter(names[nearest].tolist()) == Counter(names.tolist())
 
-    @rule(n=st.integers(0, 1), keep=st.sampled_from([0, 1_000, 5_000, 20_000]), hook=st.sampled_from([None, *HOOKS]))
+    @rule(n=st.integers(0, 1), keep=st.sampled_from([0, 1_000, 5_000, 10_000]), hook=st.sampled_from([None, *HOOKS]))
     def evict(self, n: int, keep: int, hook: str | None) -> None:
         store = self.stores[n % len(self.stores)]
         before = {series.hook: series for series in store.series()}
@@ -229,7 +235,7 @@ def profile(**options: Any) -> settings:
 
 
 def test_any_sequence_of_operations_keeps_the_laws(machine: Callable[[], Stores]) -> None:
-    run_state_machine_as_test(machine, settings=profile(derandomize=True, max_examples=30, stateful_step_count=15))
+    run_state_machine_as_test(machine, settings=profile(derandomize=True, max_examples=30, stateful_step_count=25))
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import sqlite3
 import threading
 import time
@@ -262,6 +263,8 @@ class Disk:
         return freed
 
     def _delete(self, file: str) -> None:
+        if not re.fullmatch(r"[0-9a-f]{32}\.rows", file):  # a damaged index must not name other files
+            return
         with suppress(OSError):
             os.truncate(self.root / file, 0)  # gives back the space even while another process has the file open
         (self.root / file).unlink(missing_ok=True)

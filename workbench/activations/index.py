@@ -319,6 +319,10 @@ def _connect(path: Path) -> sqlite3.Connection:
             db.execute("PRAGMA journal_mode = WAL")
             # A power cut may lose the last transactions or shard bytes behind the index; checksums tell the latter.
             db.execute("PRAGMA synchronous = NORMAL")
+            # New keys fall anywhere in the tree of digests: room for more of it, and fewer checkpoints, each of which
+            # writes all of its changed pages once.
+            db.execute("PRAGMA cache_size = -16000")
+            db.execute("PRAGMA wal_autocheckpoint = 4000")
             return db
         except sqlite3.OperationalError as error:  # while another process opens or closes, SQLite does not wait itself
             if "locked" not in str(error) or time.monotonic() > until:

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,14 +67,16 @@ class Writers:
         return writer, offset
 
     def rollback(self) -> None:
-        """Cut off what was not committed."""
+        """Cut off what was not committed, and close those shards: whoever opens them again asks the index."""
         for series, writer in list(self._open.items()):
             if writer.end != writer.committed:
-                writer.end = writer.committed
-                try:
-                    os.ftruncate(writer.file, writer.committed)
-                except OSError:  # the next writer of this shard cuts it off
-                    self.close(series)
+                # The index knows better than we: an interrupt may have come between the commit and our noting it.
+                query = "SELECT bytes FROM shards WHERE id = ? AND file = ?"
+                row = self._index.db().execute(query, (writer.shard, writer.name)).fetchone()
+                if row is not None:
+                    with suppress(OSError):  # the next writer of this shard does it
+                        os.ftruncate(writer.file, row[0])
+                self.close(series)
 
     def settle(self) -> None:
         """After a commit. Only now may files be closed: a writer in use must keep its lock."""
