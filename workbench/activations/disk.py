@@ -305,8 +305,8 @@ class Disk:
                     yield _damage(key, place)  # unless it has been evicted meanwhile
 
     def _remove_leftovers(self) -> None:
-        """Delete shard files that no index row names (an eviction was killed between index and file), and the lock
-        files of stores that have gone."""
+        """Delete shard files that no index row names (an eviction was killed between index and file), empty shards that
+        have no file (a writer was killed between the two), and the lock files of stores that have gone."""
         # Listed before the index is read: a new shard's row is older than its file.
         files = list(self.root.glob("*.rows"))
         with self.index.guard():
@@ -314,6 +314,10 @@ class Disk:
             for path in files:
                 if path.name not in known:
                     path.unlink(missing_ok=True)
+            empty = self.index.db().execute("SELECT id, file FROM shards WHERE entries = 0 AND bytes = 0").fetchall()
+            for shard, file in empty:
+                if not (self.root / file).exists():  # should its writer be alive after all, it makes another
+                    self.index.forget_shard(shard)
             for path in self.root.glob("*.owner"):
                 if not _locked(path):
                     self.index.db().execute("DELETE FROM claims WHERE owner GLOB ? || '/*'", (path.name,))

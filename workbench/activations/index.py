@@ -115,8 +115,10 @@ class Index:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """One write, whole or not at all. The lock is taken first, so that what is read in it stays true."""
         db = self.db()
-        db.execute("BEGIN IMMEDIATE")
+        if db.in_transaction:  # left open by an interrupt
+            db.execute("ROLLBACK")
         try:
+            db.execute("BEGIN IMMEDIATE")
             yield db
             if db.in_transaction:  # unless the caller has rolled it back
                 db.execute("COMMIT")
