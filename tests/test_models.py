@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
+import types
 from collections.abc import Callable
 
 import pytest
@@ -275,3 +277,60 @@ def test_text_longer_than_the_context_and_empty_text_are_refused(tiny: LanguageM
         tiny.run(torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(UserError, match="own tokenizer"):
         tiny.run(torch.tensor([[tiny.config.d_vocab]]))
+
+
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_interrupt_at_any_line_of_a_pass_changes_no_later_one(step: int, make_tiny: Make) -> None:
+    """Ctrl-C while an edited, resumed or captured pass begins, runs or ends: what it installed is gone afterwards."""
+    model = make_tiny()
+    tokens, out = tokens_of(model, batch=1, pos=4), block(2, "hook_resid_post")
+    truth = model.run(tokens, capture=[out])[out]
+    resid = model.run(tokens, capture=[block(1, "hook_resid_pre")], logits="none")[block(1, "hook_resid_pre")]
+    edit = {block(1, "attn.hook_z"): zero(), block(0, "hook_resid_post"): steer(torch.ones(32), 3.0)}
+
+    def passes() -> None:
+        model.run(tokens, capture=[out, block(1, "attn.hook_pattern"), block(1, "hook_resid_mid")], edit=edit)
+        model.run(tokens, capture=[out], start=Resume(1, resid + 1))
+
+    def interrupted_after(lines: int) -> bool:
+        left = lines
+
+        def trace(frame: types.FrameType, event: str, _: object) -> Callable[..., object] | None:
+            nonlocal left
+            if not frame.f_code.co_filename.endswith(("backend.py", "workbench/models.py", "contextlib.py")):
+                return None
+            if event == "line":
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            passes()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    lines = 1
+    while interrupted_after(lines):
+        assert torch.equal(model.run(tokens, capture=[out])[out], truth), f"interrupted at line {lines}"
+        assert not [name for part in model._module.modules() for name in part.__dict__ if name == "workbench_taps"]
+        assert not [fn for part in model._module.modules() for fn in part._forward_hooks.values()]
+        lines += step
+    assert lines > 500  # a pass has as many
+
+
+def test_an_edit_that_runs_the_model_is_refused(tiny: LanguageModel) -> None:
+    """It would see the outer pass' hooks, or take them away."""
+    tokens = tokens_of(tiny)
+
+    def nested(x: torch.Tensor) -> torch.Tensor:
+        tiny.run(tokens)
+        return x
+
+    with pytest.raises(UserError, match="an edit cannot run it again"):
+        tiny.run(tokens, edit={block(1, "attn.hook_z"): nested})
+    tiny.run(tokens)

@@ -216,37 +216,41 @@ def hooked(
     grad: bool,
 ) -> Iterator[None]:
     """Install one run's visitors (hook point -> function of the tensor there), and take all of them away after it."""
+    if module.__dict__.get("workbench_under_way"):
+        _sweep(module)
+    # Set before anything is installed: an interrupt may come between installing a hook and noting how to remove it.
+    module.__dict__["workbench_under_way"] = True
     blocks = cast(nn.ModuleList, module.get_submodule(family.blocks))
     with ExitStack() as stack:
 
-        def keep(handle: RemovableHandle) -> None:
-            stack.callback(handle.remove)
+        def install(register: Callable[..., RemovableHandle], fn: Callable[..., Any], **options: bool) -> None:
+            fn.workbench = True  # type: ignore[attr-defined]
+            stack.callback(register(fn, **options).remove)
 
         if start is not None:
             resid = start.resid
             for block in blocks[: start.layer]:
                 _skip(stack, block)
-            keep(blocks[start.layer].register_forward_pre_hook(lambda _, args: (resid, *args[1:])))
+            install(blocks[start.layer].register_forward_pre_hook, lambda _, args: (resid, *args[1:]))
         elif grad:  # parameters are frozen, so the graph has to begin somewhere
             embed = module.get_submodule(family.embed)
-            keep(embed.register_forward_hook(lambda _, __, out: out.requires_grad_()))
+            install(embed.register_forward_hook, lambda _, __, out: out.requires_grad_())
         for hook, visit in visitors.items():
             layer, name = sites.split(hook)
             if layer is None:
                 path = family.embed if name == "hook_embed" else cast(str, family.pos_embed)
-                keep(module.get_submodule(path).register_forward_hook(_on_output(visit, None)))
+                install(module.get_submodule(path).register_forward_hook, _on_output(visit, None))
             elif name == "attn.hook_result":
                 projection = blocks[layer].get_submodule(family.out_proj)
-                keep(projection.register_forward_hook(_on_result(visit, layer, result_of)))
+                install(projection.register_forward_hook, _on_result(visit, layer, result_of))
             elif name in family.hooks:
                 path, side = family.hooks[name]
                 submodule = blocks[layer].get_submodule(path)
                 if side == "in":
-                    keep(submodule.register_forward_pre_hook(_on_input(visit), with_kwargs=True))
+                    install(submodule.register_forward_pre_hook, _on_input(visit), with_kwargs=True)
                 else:
-                    keep(
-                        submodule.register_forward_hook(_on_output(visit, d_head if name in sites.HEAD_HOOKS else None))
-                    )
+                    per_head = d_head if name in sites.HEAD_HOOKS else None
+                    install(submodule.register_forward_hook, _on_output(visit, per_head))
         for layer in range(start.layer if start else 0, len(blocks)):
             inside = {sites.block(layer, name): name for name in _attention_names(family)}
             visit_inside = {_tap_name(family, inside[hook]): visitors[hook] for hook in inside if hook in visitors}
@@ -254,9 +258,22 @@ def hooked(
             if visit_inside or past:
                 attn = blocks[layer].get_submodule(family.attn)
                 names = frozenset(inside[hook] for hook in inside if hook in edited)
+                stack.callback(attn.__dict__.pop, "workbench_taps", None)
                 attn.workbench_taps = _Taps(visit_inside, names, past)  # type: ignore[assignment]
-                stack.callback(delattr, attn, "workbench_taps")
         yield
+    module.__dict__["workbench_under_way"] = False
+
+
+def _sweep(module: nn.Module) -> None:
+    """Take away whatever a pass that did not end in order (an interrupt, a fork) has left in the module: an edit that
+    stayed would change every later pass."""
+    for part in module.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            for key in [key for key, fn in hooks.items() if hasattr(fn, "workbench")]:
+                del hooks[key]
+        part.__dict__.pop("workbench_taps", None)
+        if hasattr(part.__dict__.get("forward"), "workbench"):
+            del part.__dict__["forward"]
 
 
 def _attention_names(family: Family) -> tuple[str, ...]:
@@ -280,8 +297,13 @@ def hook_points(family: Family, n_layers: int) -> tuple[str, ...]:
 
 def _skip(stack: ExitStack, block: nn.Module) -> None:
     """A block that passes its input on: the residual stream it would have made is known already."""
-    block.forward = lambda hidden_states, *_, **__: hidden_states
-    stack.callback(delattr, block, "forward")
+
+    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+    forward.workbench = True  # type: ignore[attr-defined]
+    stack.callback(block.__dict__.pop, "forward", None)
+    block.forward = forward
 
 
 def _on_input(visit: Visit) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -11,7 +11,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -56,7 +56,6 @@ class LanguageModel:
         self._family = family(self.config.model_type)
         self._module.set_attn_implementation(backend.KERNEL)
         self._lock = threading.RLock()
-        self._running: AbstractContextManager[None] | None = None  # the hooks of the pass under way
         os.register_at_fork(after_in_child=partial(_after_fork, weakref.ref(self)))
         self.hook_points = backend.hook_points(self._family, self.config.n_layers)
 
@@ -128,7 +127,8 @@ class LanguageModel:
         start        begin at a block with a given residual stream, with unchanged earlier positions left out
         grad         keep the graph: captured tensors can be differentiated with torch.autograd.grad
 
-        Raises UserError for tokens that do not fit, unknown hook points, and edits that change a shape.
+        Raises UserError for tokens that do not fit, unknown hook points, and edits that change a shape or run the
+        model.
         """
         self._check_tokens(tokens)
         wanted = {key: Site(key) if isinstance(key, str) else key for key in capture}
@@ -154,13 +154,11 @@ class LanguageModel:
         context = backend.hooked(
             self._module, self._family, self.config.d_head, visitors, edited, start, self._results, grad
         )
+        if self._lock._is_owned():  # type: ignore[attr-defined]  # by this thread: the outer pass would lose its hooks
+            raise UserError("the model is running: an edit cannot run it again; compute what it needs beforehand.")
         with self._lock, nullcontext() if grad else torch.no_grad(), context:
             self.forward_passes += 1
-            self._running = context
-            try:
-                out = self._forward(tokens.to(self.device), logits, start)
-            finally:
-                self._running = None
+            out = self._forward(tokens.to(self.device), logits, start)
         return Forward(out, found)
 
     def _forward(self, tokens: Tensor, logits: str, start: Resume | None) -> Tensor | None:
@@ -289,13 +287,10 @@ def numerics(dtype: str, device: str) -> str:
 
 
 def _after_fork(model: weakref.ref[LanguageModel]) -> None:
-    """In the child, where no thread is left to finish a pass that was under way: take its hooks and its lock away."""
+    """In the child, where no thread is left to finish a pass that was under way; the next pass takes its hooks away."""
     this = model()
     if this is not None:
         this._lock = threading.RLock()
-        if this._running is not None:
-            this._running.__exit__(None, None, None)
-            this._running = None
 
 
 def _visitor(
