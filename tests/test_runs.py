@@ -224,7 +224,11 @@ def test_a_run_tells_which_activations_it_used(tiny: LanguageModel, store: Activ
     assert run.record["cost"]["store"]["computed"] == sum(len(digests) for digests in again.activations.values())
 
 
-def test_the_second_analysis_on_the_same_prompts_computes_nothing(tiny: LanguageModel, store: ActivationStore) -> None:
-    runs.run("direct-logit-attribution", model=tiny, task="ioi", n=4, store=store)
-    second = runs.run("sae-codes", model=tiny, task="ioi", n=4, steps=2, trials=1, examples=2, store=store)
-    assert second.record["cost"]["store"]["forward_passes"] <= 1  # the corrupted prompts alone are new
+def test_a_second_tool_on_the_same_activations_computes_nothing(tiny: LanguageModel, store: ActivationStore) -> None:
+    """What one asked for, hook point by hook point, another finds, whatever the batches were."""
+    batch = sample(registry.get_task("ioi"), tiny, 4, 0)
+    z = [f"blocks.{layer}.attn.hook_z" for layer in range(3)]
+    store.fill(tiny, [*reversed(batch.corrupted), *batch.clean], [*z, tiny.hook_points[-1]])
+    run = runs.run("sae-codes", model=tiny, task="ioi", n=4, steps=2, trials=1, examples=2, store=store)
+    assert run.forward_passes == 0 and run.record["cost"]["store"]["computed"] == 0
+    assert run.record["cost"]["store"]["disk_hits"] > 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,20 @@ import torch
 from jaxtyping import TypeCheckError
 
 from workbench.activations import ActivationStore, codecs
-from workbench.activations.disk import Disk
+from workbench.activations.disk import Disk, NewEntry, Pass
+from workbench.activations.index import Place
+from workbench.activations.keys import Key, Scope, sequence_digests
+from workbench.activations.keys import scopes as scopes_of
+from workbench.activations.memory import Memory
 from workbench.errors import UserError
 from workbench.interventions import steer, zero
 from workbench.models import LanguageModel
 from workbench.sites import Site, block
 
 Z, OUT = block(1, "attn.hook_z"), block(2, "hook_resid_post")
+
+
+HOW = Pass("m", "1x3", 1)
 
 
 def sequences(n: int = 12, seed: int = 0, vocab: int = 500) -> list[torch.Tensor]:
@@ -237,6 +246,94 @@ def test_every_bit_flip_is_detected_and_never_served(tiny: LanguageModel, tmp_pa
         assert shard.name in sentence
     torch.testing.assert_close(reopened.get(tiny, row, [OUT])[OUT][0], truth)  # dropped and computed anew
     assert reopened.stats().computed == 1
+
+
+def test_the_first_stored_value_stays(tmp_path: Path) -> None:
+    """Two handles, as in two processes: the second writer learns that it was late."""
+    a, b = Disk(tmp_path / "s", 10**6), Disk(tmp_path / "s", 10**6)
+    key, tokens = Key(Scope("m", "n", "h", "float32", ""), b"k" * 16), {b"k" * 16: torch.arange(3)}
+    assert a.write(HOW, [NewEntry(key, (memoryview(b"1111"),), (1,), 0.0)], tokens) == set()
+    assert b.write(HOW, [NewEntry(key, (memoryview(b"2222"),), (1,), 0.0)], tokens) == {key}
+    assert [entry.raw.numpy().tobytes() for _, entry in b.read([key])] == [b"1111"]
+    assert b.totals()[0] == 1
+
+
+def test_a_late_writer_hands_out_what_was_stored_first(
+    tiny: LanguageModel, store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were claims to fail, a caller would still get the bits that everybody gets."""
+    first = store.get(tiny, [torch.arange(6), torch.arange(6) + 1], [OUT])[OUT][0]  # computed in a batch of two
+    late = ActivationStore(store.disk.root)
+    find, blind = late.disk.index.find, [True, True]  # neither the look-up nor the claim sees it
+
+    def unseen(wanted: Iterable[Key]) -> Iterator[tuple[Key, Place]]:
+        return iter(()) if blind and blind.pop() else find(wanted)
+
+    monkeypatch.setattr(late.disk.index, "find", unseen)
+    row = late.get(tiny, [torch.arange(6)], [OUT])[OUT][0]
+    assert late.stats().forward_passes == 1 and torch.equal(row, first)
+
+
+def test_writing_goes_on_after_another_process_evicted_our_shard(tmp_path: Path) -> None:
+    a, b = Disk(tmp_path / "s", 10**6), Disk(tmp_path / "s", 10**6)
+    scope = Scope("m", "n", "h", "float32", "")
+
+    def write(disk: Disk, name: bytes) -> None:
+        entry = NewEntry(Key(scope, name * 16), (memoryview(name * 4),), (1,), 0.0)
+        disk.write(HOW, [entry], {name * 16: torch.arange(3)})
+
+    write(a, b"1")
+    b.evict()
+    write(a, b"2")
+    found = {
+        key.sequence: entry.raw.numpy().tobytes() for key, entry in a.read([Key(scope, c * 16) for c in (b"1", b"2")])
+    }
+    assert found == {b"2" * 16: b"2222"} and [key.sequence for key, _ in b.read([Key(scope, b"2" * 16)])] == [b"2" * 16]
+
+
+def test_running_out_of_open_files_is_no_damage(tiny: LanguageModel, store: ActivationStore) -> None:
+    """What cannot be read for want of a descriptor is still there afterwards."""
+    store.get(tiny, sequences(4), [OUT, Z])
+    store.memory.drop()
+    store.disk._readers.close_all()
+    scopes = scopes_of(tiny, [OUT, Z], "float32", None)
+    wanted = [Key(scope, digest) for scope in scopes.values() for digest in sequence_digests(sequences(4))]
+    before, (_, most) = store.stats().disk_entries, resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    in_use = os.dup(0)
+    os.close(in_use)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use, most))
+    try:
+        with pytest.raises(UserError, match="Too many open files"):
+            list(store.disk.read(wanted))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
+    assert store.stats().disk_entries == before
+    store.get(tiny, sequences(4), [OUT, Z])
+    assert store.stats().computed == 8 and store.verify() == []
+
+
+def test_memory_drops_what_was_used_longest_ago() -> None:
+    scope = Scope("m", "n", "h", "float32", "")
+    keys = [Key(scope, bytes([n])) for n in range(4)]
+    tier = Memory(3 * 40)
+    for n in range(3):
+        tier.put(keys[n], torch.full((10,), float(n)))
+    tier.get([keys[0]])
+    tier.put(keys[3], torch.full((10,), 3.0))
+    found = tier.get(keys)
+    assert [int(found[key].row[0]) for key in keys if key in found] == [0, 2, 3] and tier.bytes == 120
+
+
+def test_memory_refuses_what_does_not_fit_beside_the_pins() -> None:
+    scope = Scope("m", "n", "h", "float32", "")
+    tier = Memory(100, lambda key: key.sequence < b"9")
+    for n in range(4):
+        tier.put(Key(scope, str(n).encode()), torch.zeros(10))  # 40 bytes each, pinned
+    assert tier.bytes == 80 and len(tier) == 2
+    tier.put(Key(scope, b"9"), torch.zeros(10))
+    tier.drop()
+    assert tier.bytes == 80 and len(tier) == 2
 
 
 @pytest.mark.parametrize(("version", "way_out"), [("99", "update the workbench"), ("1", "delete that folder")])

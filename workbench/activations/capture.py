@@ -85,13 +85,17 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def run(model: LanguageModel, tokens: Tensor, hooks: Sequence[str], edit: Edits | None) -> Captured:
-    """One forward pass. Raises UserError when it gives values that are not numbers."""
+    """One forward pass."""
     found = model.run(tokens, capture=hooks, edit=edit, logits="none")
     return Captured({hook: found[hook] for hook in hooks})
 
 
 def check_numbers(model: LanguageModel, hook: str, x: Tensor) -> None:
-    """NaN is never stored. (Infinities may be: masked attention scores are.)"""
+    """NaN is never stored. (Infinities may be: masked attention scores are.)
+
+    Raises UserError. It sees what the hook point holds: torch's attention on a CPU gives zeros for queries that are
+    NaN, so that a NaN there shows at `hook_q` and nowhere after it.
+    """
     if bool(x.amax().isnan()):
         raise UserError(
             f"{model.name} gives NaN at {hook} when it computes in {model.numerics}; "

@@ -24,6 +24,7 @@ from workbench.activations.keys import Edits, Key, Scope
 from workbench.models import LanguageModel
 
 Row = tuple[Key, Tensor, float]  # with the codec's error
+Count = Callable[[str, int | float], None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ def stored(disk: Disk, codec: str, wanted: Iterable[Key], allocate: Allocate = b
 class Computing:
     """One request's missing rows."""
 
-    def __init__(self, disk: Disk, codec: str, clock: Clock, count: Callable[[str, int], None], request: Request):
+    def __init__(
+        self, disk: Disk, codec: str, clock: Clock, count: Callable[[str, int | float], None], request: Request
+    ):
         self._disk = disk
         self._codec = codec
         self._clock = clock
@@ -116,8 +119,10 @@ class Computing:
         tokens = torch.stack([request.tokens[sequence] for sequence in batch.sequences])
         started = time.perf_counter()
         captured = capture.run(request.model, tokens, batch.hooks, request.edit)
+        seconds = time.perf_counter() - started
         self._count("forward_passes", 1)
-        self._clock.note(request.model.config, tokens, batch.hooks, time.perf_counter() - started)
+        self._count("seconds_computing", seconds)
+        self._clock.note(request.model.config, tokens, batch.hooks, seconds)
         return captured
 
     def _keep(self, batch: Planned, captured: capture.Captured) -> Iterator[Row]:

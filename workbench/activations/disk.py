@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from workbench import settings
+from workbench.activations import codecs
 from workbench.activations.codecs import Pieces
 from workbench.activations.index import Index, Place, checksum
 from workbench.activations.keys import Key, sequence_digest, token_bytes
@@ -101,7 +102,10 @@ class Disk:
         """
         with self.index.guard():
             places = sorted(self.index.find(keys), key=lambda item: (item[1].file, item[1].offset))
-            for run in _runs(places):
+            for key, place in places:
+                if not _plausible(key, place):
+                    self._drop(key, place)
+            for run in _runs([item for item in places if _plausible(*item)]):
                 buffers = allocate([(key, place.nbytes) for key, place in run])
                 first = run[0][1]
                 got = self._readers.read(first.file, first.offset, buffers)
@@ -110,11 +114,15 @@ class Disk:
                     if whole and _matches(raw, key, place):
                         yield key, StoredEntry(raw, place.shape, place.error)
                         continue
-                    if self.has([key]).get(key) == place:  # else it has been evicted meanwhile
-                        log.warning("%s; dropped", _damage(key, place))
-                        self.index.forget(key, place)
+                    self._drop(key, place)
             with suppress(sqlite3.OperationalError):  # a lost timestamp is no loss
                 self.index.touch({place.shard for _, place in places})
+
+    def _drop(self, key: Key, place: Place) -> None:
+        """A damaged entry; or one that has been evicted meanwhile, which is no damage."""
+        if self.has([key]).get(key) == place:
+            log.warning("%s; dropped", _damage(key, place))
+            self.index.forget(key, place)
 
     def has(self, keys: Iterable[Key]) -> dict[Key, Place]:
         """Which keys have an entry, and where, without reading it."""
@@ -227,7 +235,7 @@ class Disk:
     # ---- space ----
 
     def totals(self) -> tuple[int, int]:
-        """Entries and bytes; both count damaged and overtaken entries until their shard goes."""
+        """Entries, and bytes; what dropped entries took counts until their shard goes."""
         with self.index.guard():
             query = "SELECT coalesce(sum(entries), 0), coalesce(sum(bytes), 0) FROM shards"
             entries, size = self.index.db().execute(query).fetchone()
@@ -297,12 +305,15 @@ class Disk:
                 if sentence != "ok":
                     yield f"the index is damaged: {sentence}"
             for key, place, tokens in self.index.everything():
-                (raw,) = block([(key, place.nbytes)])
-                got = self._readers.read(place.file, place.offset, [raw])
+                whole = False
+                if _plausible(key, place):
+                    (raw,) = block([(key, place.nbytes)])
+                    got = self._readers.read(place.file, place.offset, [raw])
+                    whole = got == place.nbytes and _matches(raw, key, place)
                 if sequence_digest(token_bytes(tokens)) != key.sequence:
                     yield f"{key.sequence.hex()} ({key.scope.hook}): its token ids do not match its digest"
-                elif not (got == place.nbytes and _matches(raw, key, place)) and self.has([key]).get(key) == place:
-                    yield _damage(key, place)  # unless it has been evicted meanwhile
+                elif not whole and self.has([key]).get(key) == place:  # else it has been evicted meanwhile
+                    yield _damage(key, place)
 
     def _remove_leftovers(self) -> None:
         """Delete shard files that no index row names (an eviction was killed between index and file), empty shards that
@@ -337,6 +348,11 @@ def _runs(places: Sequence[tuple[Key, Place]]) -> Iterator[list[tuple[Key, Place
         size += place.nbytes
     if run:
         yield run
+
+
+def _plausible(key: Key, place: Place) -> bool:
+    """Whether the length fits the shape: no buffer is made for a length that a damaged index made up."""
+    return bool(place.shape) and place.nbytes == codecs.size(place.shape, key.scope.codec)
 
 
 def _matches(raw: Tensor, key: Key, place: Place) -> bool:

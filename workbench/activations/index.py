@@ -129,10 +129,10 @@ class Index:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Errors of the database as one sentence."""
+        """Errors of the database and the files as one sentence."""
         try:
             yield
-        except sqlite3.OperationalError as error:
+        except (sqlite3.OperationalError, OSError) as error:
             raise UserError(
                 f"the activation store in {self.path.parent} could not be used ({error}); what was stored before is "
                 "safe. Free space, run `wb store evict`, or set WORKBENCH_HOME to another disk."
@@ -148,11 +148,10 @@ class Index:
     def scope_id(self, scope: Scope) -> int | None:
         """None for a scope that has never been stored."""
         if scope not in self._scopes:
-            where = "model = ? AND numerics = ? AND hook = ? AND codec = ? AND edit = ?"
-            row = self.db().execute(f"SELECT id FROM scopes WHERE {where}", scope).fetchone()
-            if row is None:
+            id = _scope_id(self.db(), scope)
+            if id is None:
                 return None
-            self._scopes[scope] = row[0]
+            self._scopes[scope] = id
         return self._scopes[scope]
 
     def find(self, keys: Iterable[Key]) -> Iterator[tuple[Key, Place]]:
@@ -212,6 +211,7 @@ class Index:
             )
             if gone.rowcount:
                 db.execute(f"DELETE FROM uses WHERE {entry}", which)
+                db.execute("UPDATE shards SET entries = entries - 1 WHERE id = ?", (place.shard,))
         if dict(self.find([key])).get(key) == place:
             raise sqlite3.DatabaseError("a damaged entry cannot be dropped")
 
@@ -337,10 +337,10 @@ def token_ids(stored: bytes) -> Tensor:
     return torch.frombuffer(bytearray(stored), dtype=torch.int32).long()
 
 
-def _scope_id(db: sqlite3.Connection, scope: Scope) -> int:
+def _scope_id(db: sqlite3.Connection, scope: Scope) -> int | None:
     where = "model = ? AND numerics = ? AND hook = ? AND codec = ? AND edit = ?"
-    (id,) = db.execute(f"SELECT id FROM scopes WHERE {where}", scope).fetchone()
-    return int(id)
+    row = db.execute(f"SELECT id FROM scopes WHERE {where}", scope).fetchone()
+    return None if row is None else int(row[0])
 
 
 def _shape(text: str) -> tuple[int, ...]:

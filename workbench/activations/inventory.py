@@ -200,15 +200,17 @@ def draw(index: Index, model: LanguageModel, n: int, seed: int) -> list[tuple[Ke
 
     Raises UserError when there are none.
     """
-    query = """SELECT digest, tokens, model, numerics, hook, codec, edit FROM entries
-        JOIN sequences ON sequence = sequences.id JOIN scopes ON scope = scopes.id
-        WHERE model = ? AND numerics = ? AND edit = '' LIMIT 100000"""
+    some = """FROM entries JOIN sequences ON sequence = sequences.id JOIN scopes ON scope = scopes.id
+        WHERE model = ? AND numerics = ? AND edit = ''"""
+    which = (model.fingerprint, model.numerics)
     with index.guard():
-        rows = index.db().execute(query, (model.fingerprint, model.numerics)).fetchall()
+        (count,) = index.db().execute(f"SELECT count(*) {some}", which).fetchone()
+        places = random.Random(seed).sample(range(count), min(n, count))
+        query = f"SELECT digest, tokens, model, numerics, hook, codec, edit {some} LIMIT 1 OFFSET ?"
+        rows = [row for place in places for row in index.db().execute(query, (*which, place)).fetchall()]
     if not rows:
         raise UserError(f"nothing of {model.name} in {model.numerics} is stored that could be computed anew.")
-    some = random.Random(seed).sample(rows, min(n, len(rows)))
-    return [(Key(Scope(*scope), digest), token_ids(tokens)) for digest, tokens, *scope in some]
+    return [(Key(Scope(*scope), digest), token_ids(tokens)) for digest, tokens, *scope in rows]
 
 
 def _manifest(index: Index, row: dict[str, Any]) -> Manifest:
@@ -225,7 +227,10 @@ def _manifest(index: Index, row: dict[str, Any]) -> Manifest:
 
 
 class Pins:
-    """What may not be evicted, by model, hook point or run; kept in the index, so that all processes honour it."""
+    """What may not be evicted, by model, hook point or run.
+
+    Kept in the index, so that every process honours a pin on disk at once; in its own memory, when it opens the store.
+    """
 
     def __init__(self, index: Index):
         self._index = index

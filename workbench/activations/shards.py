@@ -7,6 +7,7 @@ it is faster than a memory map here, and a file that another process has cut sho
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
@@ -23,6 +24,7 @@ from torch import Tensor
 from workbench.activations.index import Index
 
 SHARD_BYTES = 256 * 10**6
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _OPEN = 128  # files held open for writing, and as many for reading
 _PIECES = 1000  # buffers in one call, below every system's IOV_MAX
 
@@ -105,7 +107,7 @@ class Writers:
         for shard, name in db.execute(query, (model, hook, SHARD_BYTES)).fetchall():
             try:
                 file = os.open(self._root / name, os.O_WRONLY)
-            except FileNotFoundError:  # just created, or just evicted
+            except OSError:  # just created, just evicted, or no file of ours any more
                 continue
             if _lock(file):
                 row = db.execute("SELECT bytes FROM shards WHERE id = ? AND file = ?", (shard, name)).fetchone()
@@ -138,14 +140,19 @@ class Readers:
 
     def read(self, name: str, offset: int, buffers: Sequence[Tensor]) -> int:
         """Fill byte tensors from one place on; returns how many bytes there were, 0 for a file that is gone or cannot
-        be read."""
+        be read.
+
+        Raises OSError when it is the system that has no more (open files, memory): that is no damage.
+        """
         views = [buffer.numpy().data for buffer in buffers]
         with self._lock:
             file = self._files.pop(name, None)
         got = 0
         try:
             file = os.open(self._root / name, os.O_RDONLY) if file is None else file
-        except (OSError, ValueError):  # ValueError: a damaged name
+        except (OSError, ValueError) as error:  # ValueError: a damaged name
+            if getattr(error, "errno", None) in _EXHAUSTED:
+                raise
             return 0
         try:
             for start in range(0, len(views), _PIECES):
@@ -162,7 +169,9 @@ class Readers:
                             count -= len(some.pop(0))
                         some[0] = some[0][count:]
             return got
-        except (OSError, OverflowError):  # not a file, a damaged disk, a damaged offset
+        except (OSError, OverflowError) as error:  # not a file, a damaged disk, a damaged offset
+            if getattr(error, "errno", None) in _EXHAUSTED:
+                raise
             return got
         finally:
             self._give_back(name, file)

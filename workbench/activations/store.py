@@ -59,19 +59,21 @@ class ActivationStore:
         self._pins = inventory.Pins(self.disk.index)
         self.memory = Memory(settings.store_memory() if memory_bytes is None else memory_bytes, self._pins.covers)
         self.device = Memory(settings.store_device() if device_bytes is None else device_bytes, self._pins.covers)
-        self._lock = threading.Lock()
         self._clock = Clock()
-        self._counts = dict.fromkeys(COUNTS, 0)
         self.used: dict[Scope, set[bytes]] | None = None
-        os.register_at_fork(after_in_child=partial(_renew_locks, weakref.ref(self)))
+        self._begin()
 
     def session(self) -> ActivationStore:
         """The same store with counts of its own and a record of the entries `used`: what one run did."""
         other = copy.copy(self)
-        other._counts = dict.fromkeys(COUNTS, 0)
-        other._clock = Clock()
+        other._begin()
         other.used = {}
         return other
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[str, int | float] = {**dict.fromkeys(COUNTS, 0), "seconds_computing": 0.0}
+        os.register_at_fork(after_in_child=partial(_renew_locks, weakref.ref(self)))
 
     # ---- the request ----
 
@@ -296,8 +298,7 @@ class ActivationStore:
     def stats(self) -> Stats:
         entries, size = self.disk.totals()
         return Stats(
-            **self._counts,
-            seconds_computing=self._clock.seconds,
+            **self._counts,  # type: ignore[arg-type]
             device_entries=len(self.device),
             device_bytes=self.device.bytes,
             device_budget=self.device.budget if torch.cuda.is_available() else 0,
@@ -395,7 +396,7 @@ class ActivationStore:
                 "WORKBENCH_STORE_DISK, choose a smaller codec, or ask for less."
             )
 
-    def _count(self, name: str, amount: int) -> None:
+    def _count(self, name: str, amount: int | float) -> None:
         with self._lock:
             self._counts[name] += amount
 
