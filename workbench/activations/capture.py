@@ -23,6 +23,7 @@ from workbench.models import LanguageModel
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 BATCH_BYTES = 256 * 10**6
+_TELLING = 1e10  # floating-point operations below which a pass is mostly overhead
 
 
 class Planned(NamedTuple):
@@ -108,15 +109,17 @@ def check_numbers(model: LanguageModel, hook: str, x: Tensor) -> None:
 
 @dataclass
 class Clock:
-    """Speed of a model's passes here: measured in passes, else in a short matrix product."""
+    """Speed of a model's passes here: measured in passes that are long enough, else in a short matrix product."""
 
     seconds: float = 0.0
     flops: float = 0.0
     _guess: dict[str, float] = field(default_factory=dict)
 
     def note(self, config: ModelConfig, tokens: Tensor, hooks: Sequence[str], seconds: float) -> None:
-        self.seconds += seconds
-        self.flops += len(tokens) * flops(config, tokens.shape[1], layers(hooks))
+        work = len(tokens) * flops(config, tokens.shape[1], layers(hooks))
+        if work >= _TELLING:
+            self.seconds += seconds
+            self.flops += work
 
     def speed(self, model: LanguageModel) -> float:
         """Floating-point operations per second."""
@@ -140,6 +143,11 @@ def flops(c: ModelConfig, pos: int, n_layers: int) -> float:
     """Multiply-adds, doubled, of the first blocks on one sequence."""
     per_layer = (c.n_parameters - c.d_vocab * c.d_model) / c.n_layers
     return 2.0 * pos * n_layers * (per_layer + pos * c.n_heads * c.d_head)
+
+
+def working_bytes(c: ModelConfig, tokens: int) -> int:
+    """Roughly what a pass needs beside weights and captured values: the widest block's intermediate results."""
+    return 4 * tokens * (4 * c.d_mlp + 8 * c.d_model)
 
 
 def shape_at(hook: str, c: ModelConfig, pos: int) -> tuple[int, ...]:

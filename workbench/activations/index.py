@@ -172,6 +172,8 @@ class Index:
                 for some in _chunks(sorted(shared)):
                     found = self.db().execute(query.format(_marks(some)), [*some, *ids]).fetchall()
                     for digest, scope, shard, file, offset, nbytes, check, shape, error in found:
+                        if scope not in scopes or digest not in shared:
+                            raise sqlite3.DatabaseError("it gives entries that were not asked for")
                         place = Place(shard, file, offset, nbytes, check, _shape(shape), error)
                         yield Key(scopes[scope], digest), place
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import random
+import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,12 @@ from workbench.models import LanguageModel
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a request would cost before it is made. Seconds come from the passes this store has timed, or, before the
-    first one, from a short matrix product; they are good to a factor of about two."""
+    """What a request would cost before it is made.
+
+    Seconds come from the passes this store has timed, or, before the first one of any length, from a short matrix
+    product; they leave out what is the same for every request (some tenths of a second when a model first runs).
+    Memory leaves out the weights. How good both are is measured in `tests/benchmarks/test_bench_estimate.py`.
+    """
 
     entries: int
     missing: int
@@ -122,9 +127,10 @@ def estimate(
     lengths = {digest: len(tokens[digest]) for digest in tokens}
     flops = sum(capture.flops(c, lengths[digest], capture.layers(some)) for digest, some in absent.items())
     passes = capture.plan(model, lengths, absent, alone)
-    largest = max(
-        (len(p.sequences) * capture.captured_bytes(c, lengths[p.sequences[0]], p.hooks) for p in passes), default=0
-    )
+    captured = [len(p.sequences) * capture.captured_bytes(c, lengths[p.sequences[0]], p.hooks) for p in passes]
+    working = [capture.working_bytes(c, len(p.sequences) * lengths[p.sequences[0]]) for p in passes]
+    # What is returned are views of what was captured, unless it had to be decoded or lies on a GPU.
+    beside = 0 if codec == "float32" and model.device.type == "cpu" else 2 * max(captured, default=0)
     returned = sum(capture.captured_bytes(c, lengths[digest], hooks) for digest in sequences)
     sizes: dict[tuple[str, int], int] = {}
     for hook in hooks:
@@ -135,7 +141,7 @@ def estimate(
         missing=len(missing),
         bytes=sum(sizes[key.scope.hook, lengths[key.sequence]] for key in wanted),
         missing_bytes=sum(sizes[key.scope.hook, lengths[key.sequence]] for key in missing),
-        peak_bytes=returned + min(returned, room) + 2 * largest,  # two batches: one is kept while the next computes
+        peak_bytes=returned + min(returned, room) + beside + max(working, default=0),
         seconds=flops / clock.speed(model) if flops else 0.0,
     )
 
@@ -150,19 +156,19 @@ def series(index: Index) -> list[Series]:
         ):
             found.setdefault((model, hook), []).append((id, nbytes, entries, used))
         names = dict(index.db().execute("SELECT fingerprint, name FROM models"))
-    rows = [
-        Series(
-            model_name=names.get(model, ""),
-            model=model,
-            hook=hook,
-            entries=sum(entries for _, _, entries, _ in some),
-            bytes=sum(nbytes for _, nbytes, _, _ in some),
-            shards=len(some),
-            used=_time(max(used for *_, used in some)),
-            pinned=all(id in pinned for id, *_ in some),
-        )
-        for (model, hook), some in found.items()
-    ]
+        rows = [
+            Series(
+                model_name=names.get(model, ""),
+                model=model,
+                hook=hook,
+                entries=sum(entries for _, _, entries, _ in some),
+                bytes=sum(nbytes for _, nbytes, _, _ in some),
+                shards=len(some),
+                used=_time(max(used for *_, used in some)),
+                pinned=all(id in pinned for id, *_ in some),
+            )
+            for (model, hook), some in found.items()
+        ]
     return sorted(rows, key=lambda row: (-row.bytes, row.hook))
 
 
@@ -294,4 +300,7 @@ def unpack_used(json: Iterable[Mapping[str, Any]], arrays: Mapping[str, Tensor])
 
 
 def _time(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+    try:
+        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+    except (OverflowError, ValueError, OSError, TypeError) as error:
+        raise sqlite3.DatabaseError(f"{seconds!r} is no time") from error

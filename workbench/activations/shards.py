@@ -107,7 +107,7 @@ class Writers:
         for shard, name in db.execute(query, (model, hook, SHARD_BYTES)).fetchall():
             try:
                 file = os.open(self._root / name, os.O_WRONLY)
-            except OSError:  # just created, just evicted, or no file of ours any more
+            except (OSError, ValueError):  # just created, just evicted, no file any more, or a damaged name
                 continue
             if _lock(file):
                 row = db.execute("SELECT bytes FROM shards WHERE id = ? AND file = ?", (shard, name)).fetchone()
