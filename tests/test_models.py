@@ -136,6 +136,55 @@ def test_zeroing_one_head_equals_taking_its_result_away(kind: str, make_tiny: Ma
     torch.testing.assert_close(by_z, by_result, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_edit_of_the_stream_reaches_what_is_added_later_and_one_of_the_mlp_input_does_not(
+    kind: str, make_tiny: Make
+) -> None:
+    """`hook_resid_mid` as in TransformerLens: what the block adds to. `hook_mlp_in`: what its MLP reads, alone."""
+    model = make_tiny(kind)
+    direction = torch.linspace(-1, 1, 32)  # no constant: LayerNorm would take it away again
+    tokens, shift = tokens_of(model), steer(direction, 0.5)
+    wanted = [block(1, name) for name in ("hook_mlp_in", "hook_mlp_out", "hook_resid_post")]
+    plain = model.run(tokens, capture=wanted)
+    by_input = model.run(tokens, capture=wanted, edit={wanted[0]: shift})
+    torch.testing.assert_close(by_input[wanted[0]], plain[wanted[0]] + 0.5 * direction)
+    change = by_input[wanted[1]] - plain[wanted[1]]
+    assert float(change.abs().max()) > 1e-3
+    torch.testing.assert_close(by_input[wanted[2]], plain[wanted[2]] + change, rtol=1e-4, atol=1e-5)
+    if block(1, "hook_resid_mid") not in model.hook_points:  # parallel attention and MLP
+        return
+    by_stream = model.run(tokens, capture=wanted, edit={block(1, "hook_resid_mid"): shift})
+    torch.testing.assert_close(by_stream[wanted[1]], by_input[wanted[1]])
+    torch.testing.assert_close(by_stream[wanted[2]], by_input[wanted[2]] + 0.5 * direction, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_ungrouped_keys_and_values_are_copies_that_change_nothing_until_edited(kind: str, make_tiny: Make) -> None:
+    model = make_tiny(kind)
+    c, tokens = model.config, tokens_of(model)
+    k, v, z = (block(1, f"attn.hook_{name}") for name in "kvz")
+    plain = model.run(tokens, capture=[k, v, z])
+    apart = model.run(tokens, capture=[k, v, z], ungroup=True)
+    torch.testing.assert_close(apart.logits, plain.logits, rtol=1e-5, atol=1e-5)
+    groups = c.n_heads // c.n_kv_heads
+    for hook in (k, v):
+        torch.testing.assert_close(apart[hook], plain[hook].repeat_interleave(groups, 2))
+    one = model.run(tokens, capture=[z], ungroup=True, edit={Site(v, head=2): zero()})[z]
+    assert not one[:, :, 2].any() and torch.allclose(one[:, :, 3], plain[z][:, :, 3], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_weights_make_queries_keys_and_values_from_the_normed_stream(kind: str, make_tiny: Make) -> None:
+    model = make_tiny(kind)
+    hooks = [block(1, f"attn.hook_{name}") for name in "qkv"]
+    found = model.run(tokens_of(model), capture=[block(1, "hook_resid_pre"), *hooks], ungroup=True)
+    weight, bias = model.in_weights(1)
+    normed = model.attention_norm(1)(found[block(1, "hook_resid_pre")])
+    for i, hook in enumerate(hooks):
+        by_hand = torch.einsum("bpm,hdm->bphd", normed, weight[i]) + bias[i]
+        torch.testing.assert_close(by_hand, found[hook], rtol=1e-4, atol=1e-5)
+
+
 def test_result_sums_to_attention_out(tiny: LanguageModel) -> None:
     tokens = tokens_of(tiny)
     result, out = block(1, "attn.hook_result"), block(1, "hook_attn_out")

@@ -1,8 +1,11 @@
 """Where each canonical hook point lives inside a Hugging Face model: a table, no code that runs a model.
 
-A family maps the name inside a block to (path of the submodule, "in" or "out"). Tensors inside attention
-(`hook_z`, `hook_pattern`, rotated queries and keys) need no entry: the workbench runs the attention step itself and
-sees them there, in the same layout for every family, so grouped-query attention needs no special case.
+A family maps the name inside a block to (path of the submodule, side): "in" and "out" are what the submodule reads and
+gives; "stream" is what it reads, but the residual stream itself, so that an edit also reaches what is added later;
+"fused0" to "fused2" are the queries, keys and values in an output that holds all three of each head side by side.
+Tensors inside attention (`hook_z`, `hook_pattern`, rotated queries and keys) need no entry: the workbench runs the
+attention step itself and sees them there, in the same layout for every family, so grouped-query attention needs no
+special case.
 
 `hook_attn_out` and `hook_mlp_out` are what is *added to the residual stream*; for Gemma that is after the
 post-norms. The self-check at load time verifies that they sum to it, which is what catches a wrong row here.
@@ -21,6 +24,8 @@ class Family:
     blocks: str
     final_norm: str
     attn: str
+    attn_norm: str
+    qkv: tuple[str, ...]  # three projections, or one that makes all three
     out_proj: str
     hooks: dict[str, tuple[str, str]]
     pos_embed: str | None = None
@@ -32,7 +37,8 @@ _LLAMA_HOOKS = {
     "attn.hook_q": ("self_attn.q_proj", "out"),
     "attn.hook_k": ("self_attn.k_proj", "out"),
     "hook_attn_out": ("self_attn", "out"),
-    "hook_resid_mid": ("post_attention_layernorm", "in"),
+    "hook_resid_mid": ("post_attention_layernorm", "stream"),
+    "hook_mlp_in": ("post_attention_layernorm", "in"),
     "mlp.hook_pre": ("mlp.gate_proj", "out"),
     "mlp.hook_pre_linear": ("mlp.up_proj", "out"),
     "mlp.hook_post": ("mlp.down_proj", "in"),
@@ -45,6 +51,8 @@ LLAMA = Family(
     blocks="model.layers",
     final_norm="model.norm",
     attn="self_attn",
+    attn_norm="input_layernorm",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     out_proj="self_attn.o_proj",
     hooks=_LLAMA_HOOKS,
 )
@@ -53,11 +61,14 @@ GEMMA = Family(
     blocks="model.layers",
     final_norm="model.norm",
     attn="self_attn",
+    attn_norm="input_layernorm",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     out_proj="self_attn.o_proj",
     hooks=_LLAMA_HOOKS
     | {
         "hook_attn_out": ("post_attention_layernorm", "out"),
-        "hook_resid_mid": ("pre_feedforward_layernorm", "in"),
+        "hook_resid_mid": ("pre_feedforward_layernorm", "stream"),
+        "hook_mlp_in": ("pre_feedforward_layernorm", "in"),
         "hook_mlp_out": ("post_feedforward_layernorm", "out"),
     },
 )
@@ -67,12 +78,15 @@ GPT2 = Family(
     blocks="transformer.h",
     final_norm="transformer.ln_f",
     attn="attn",
+    attn_norm="ln_1",
+    qkv=("attn.c_attn",),
     out_proj="attn.c_proj",
     rotary=False,
     hooks={
         "hook_resid_pre": ("", "in"),
         "hook_attn_out": ("attn", "out"),
-        "hook_resid_mid": ("ln_2", "in"),
+        "hook_resid_mid": ("ln_2", "stream"),
+        "hook_mlp_in": ("ln_2", "in"),
         "mlp.hook_pre": ("mlp.c_fc", "out"),
         "mlp.hook_post": ("mlp.c_proj", "in"),
         "hook_mlp_out": ("mlp", "out"),
@@ -84,10 +98,15 @@ GPT_NEOX = Family(  # Pythia: attention and MLP read the same residual, so there
     blocks="gpt_neox.layers",
     final_norm="gpt_neox.final_layer_norm",
     attn="attention",
+    attn_norm="input_layernorm",
+    qkv=("attention.query_key_value",),
     out_proj="attention.dense",
     hooks={
         "hook_resid_pre": ("", "in"),
+        "attn.hook_q": ("attention.query_key_value", "fused0"),
+        "attn.hook_k": ("attention.query_key_value", "fused1"),
         "hook_attn_out": ("attention", "out"),
+        "hook_mlp_in": ("post_attention_layernorm", "in"),
         "mlp.hook_pre": ("mlp.dense_h_to_4h", "out"),
         "mlp.hook_post": ("mlp.dense_4h_to_h", "in"),
         "hook_mlp_out": ("mlp", "out"),

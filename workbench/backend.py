@@ -45,6 +45,7 @@ class ModelConfig:
     n_ctx: int
     n_parameters: int
     final_softcap: float | None
+    parallel_attn_mlp: bool = False  # attention and MLP of a block read the same residual stream
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def describe(module: PreTrainedModel) -> ModelConfig:
         n_ctx=c.max_position_embeddings,
         n_parameters=sum(math.prod(p.shape) for p in module.parameters()),
         final_softcap=getattr(c, "final_logit_softcapping", None),
+        parallel_attn_mlp=bool(getattr(c, "use_parallel_residual", False)),
     )
 
 
@@ -167,8 +169,8 @@ def _attention(
     value = taps.swapped("attn.hook_v", value)
     window = options.get("sliding_window")
     if taps.past is not None:
-        key = torch.cat([taps.past[0].transpose(1, 2), key], dim=2)
-        value = torch.cat([taps.past[1].transpose(1, 2), value], dim=2)
+        key = torch.cat([_as_many(taps.past[0].transpose(1, 2), key), key], dim=2)
+        value = torch.cat([_as_many(taps.past[1].transpose(1, 2), value), value], dim=2)
         attention_mask = _causal(query, key, window)  # the backend's mask knows nothing of the past
     softcap = options.get("softcap")
     rewritten = softcap is not None or bool(taps.edited & sites.PATTERN_HOOKS)
@@ -184,8 +186,17 @@ def _attention(
         if rewritten:
             z = (pattern @ repeat_kv(value, groups)).transpose(1, 2)
     if z is None:
-        z = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+        ungrouped = query.shape[1] == key.shape[1]  # the kernel would repeat keys and values that have been already
+        z = sdpa_attention_forward(_PLAIN if ungrouped else module, query, key, value, attention_mask, **options)[0]
     return taps("attn.hook_z", z).contiguous(), None
+
+
+_PLAIN = nn.Identity()  # an attention module that says nothing of groups
+
+
+def _as_many(past: Tensor, now: Tensor) -> Tensor:
+    """[batch, kv head, pos, d_head], with each head repeated if those of `now` were."""
+    return repeat_kv(past, now.shape[1] // past.shape[1])
 
 
 def _causal(query: Tensor, key: Tensor, window: int | None) -> Tensor:
@@ -214,8 +225,13 @@ def hooked(
     start: Resume | None,
     result_of: Callable[[int, Tensor], Tensor],
     grad: bool,
+    groups: int = 1,
 ) -> Iterator[None]:
-    """Install one run's visitors (hook point -> function of the tensor there), and take all of them away after it."""
+    """Install one run's visitors (hook point -> function of the tensor there), and take all of them away after it.
+
+    Visitors come in order of computation. With `groups` > 1, keys and values are repeated that often before they are
+    visited, so that each query head has its own.
+    """
     if module.__dict__.get("workbench_under_way"):
         _sweep(module)
     # Set before anything is installed: an interrupt may come between installing a hook and noting how to remove it.
@@ -235,6 +251,9 @@ def hooked(
         elif grad:  # parameters are frozen, so the graph has to begin somewhere
             embed = module.get_submodule(family.embed)
             install(embed.register_forward_hook, lambda _, __, out: out.requires_grad_())
+        for block in blocks if groups > 1 else ():
+            for path in family.qkv[1:]:
+                install(block.get_submodule(path).register_forward_hook, _repeat(d_head, groups))
         for hook, visit in visitors.items():
             layer, name = sites.split(hook)
             if layer is None:
@@ -246,8 +265,10 @@ def hooked(
             elif name in family.hooks:
                 path, side = family.hooks[name]
                 submodule = blocks[layer].get_submodule(path)
-                if side == "in":
-                    install(submodule.register_forward_pre_hook, _on_input(visit), with_kwargs=True)
+                if side in ("in", "stream"):
+                    install(submodule.register_forward_pre_hook, _on_input(visit, side), with_kwargs=True)
+                elif side.startswith("fused"):
+                    install(submodule.register_forward_hook, _on_part(visit, d_head, int(side[-1])))
                 else:
                     per_head = d_head if name in sites.HEAD_HOOKS else None
                     install(submodule.register_forward_hook, _on_output(visit, per_head))
@@ -306,9 +327,32 @@ def _skip(stack: ExitStack, block: nn.Module) -> None:
     block.forward = forward
 
 
-def _on_input(visit: Visit) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+def _on_input(visit: Visit, side: str) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (visit(args[0]), *args[1:]), kwargs
+        before, after = args[0], visit(args[0])
+        if side == "stream" and after is not before:  # in place, as the block adds to this very tensor later
+            after = before.copy_(after)
+        return (after, *args[1:]), kwargs
+
+    return hook
+
+
+def _on_part(visit: Visit, d_head: int, part: int) -> Callable[..., Tensor]:
+    """Queries (0), keys (1) or values (2) of an output that has them side by side for each head."""
+
+    def hook(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        parts = list(out.unflatten(-1, (-1, 3, d_head)).unbind(-2))
+        parts[part] = visit(parts[part])
+        return torch.stack(parts, -2).flatten(-3)
+
+    return hook
+
+
+def _repeat(d_head: int, groups: int) -> Callable[..., Tensor]:
+    """Keys or values, each key-value head repeated for every query head that uses it."""
+
+    def hook(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        return out.unflatten(-1, (-1, d_head)).repeat_interleave(groups, -2).flatten(-2)
 
     return hook
 

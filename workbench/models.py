@@ -117,6 +117,7 @@ class LanguageModel:
         stop_after: str | None = None,
         start: Resume | None = None,
         grad: bool = False,
+        ungroup: bool = False,
     ) -> Forward:
         """One forward pass. All sequences of a batch have one length: nothing is ever padded.
 
@@ -126,6 +127,8 @@ class LanguageModel:
         stop_after   a hook point after which the pass ends (implies logits="none")
         start        begin at a block with a given residual stream, with unchanged earlier positions left out
         grad         keep the graph: captured tensors can be differentiated with torch.autograd.grad
+        ungroup      where query heads share keys and values, give each its own copy: `hook_k` and `hook_v` then have
+                     as many heads as `hook_q` (TransformerLens' `ungroup_grouped_query_attention`)
 
         Raises UserError for tokens that do not fit, unknown hook points, and edits that change a shape or run the
         model.
@@ -138,7 +141,7 @@ class LanguageModel:
             hooks.add(stop_after)
             logits = "none"
         for site in [*wanted.values(), *(site for site, _ in edits), *map(Site, hooks)]:
-            self._check_site(site, start)
+            self._check_site(site, start, ungroup)
         deepest = stop_after
         if deepest is None and logits == "none" and wanted:
             deepest = max((site.hook for site in wanted.values()), key=sites.depth)
@@ -147,12 +150,21 @@ class LanguageModel:
             raise UserError(f"{late[0]} comes after stop_after={stop_after!r} and would never be reached.")
 
         found: dict[str | Site, Tensor] = {}
-        visitors = {hook: _visitor(hook, wanted, edits, found, hook == deepest, grad) for hook in hooks}
+        in_order = sorted(hooks, key=sites.depth)
+        visitors = {hook: _visitor(hook, wanted, edits, found, hook == deepest, grad) for hook in in_order}
         edited = frozenset(site.hook for site, _ in edits)
         if start is not None:
             start = Resume(start.layer, start.resid.to(self.device, self.dtype), start.past)
         context = backend.hooked(
-            self._module, self._family, self.config.d_head, visitors, edited, start, self._results, grad
+            self._module,
+            self._family,
+            self.config.d_head,
+            visitors,
+            edited,
+            start,
+            self._results,
+            grad,
+            self.config.n_heads // self.config.n_kv_heads if ungroup else 1,
         )
         if self._lock._is_owned():  # type: ignore[attr-defined]  # by this thread: the outer pass would lose its hooks
             raise UserError("the model is running: an edit cannot run it again; compute what it needs beforehand.")
@@ -193,6 +205,35 @@ class LanguageModel:
         weight = cast(Tensor, projection.weight)
         rows = weight.T if isinstance(projection, nn.Linear) else weight  # GPT-2's Conv1D stores [in, out]
         return cast(Tensor, rows.unflatten(0, (self.config.n_heads, self.config.d_head)))
+
+    def in_weights(self, layer: int) -> tuple[Float[Tensor, "3 head d_head d_model"], Float[Tensor, "3 head d_head"]]:
+        """W_Q, W_K, W_V of one layer, transposed, and their biases (zeros where there are none).
+
+        Where query heads share keys and values, each has a copy, as in `run(ungroup=True)`.
+        """
+        c = self.config
+        parts = [self._block(layer).get_submodule(path) for path in self._family.qkv]
+        both: list[Tensor] = []
+        for part in parts:
+            weight = cast(Tensor, part.weight if isinstance(part, nn.Linear) else part.weight.T)
+            bias = cast(Tensor, part.bias) if part.bias is not None else weight.new_zeros(len(weight))
+            rows = torch.cat([weight, bias[:, None]], 1)
+            if len(parts) == 3:
+                both.append(rows.unflatten(0, (-1, c.d_head)))
+            elif self._family.hooks.get("attn.hook_q", ("", ""))[1] == "fused0":
+                both += rows.unflatten(0, (c.n_heads, 3, c.d_head)).unbind(1)
+            else:
+                both += rows.unflatten(0, (3, c.n_heads, c.d_head)).unbind(0)
+        every = torch.stack([one.repeat_interleave(c.n_heads // len(one), 0) for one in both])
+        return every[..., :-1], every[..., -1]
+
+    def attention_norm(self, layer: int) -> nn.Module:
+        """The norm before the queries, keys and values."""
+        return self._block(layer).get_submodule(self._family.attn_norm)
+
+    def mlp_norm(self, layer: int) -> nn.Module:
+        """The norm before the MLP."""
+        return self._block(layer).get_submodule(self._family.hooks["hook_mlp_in"][0])
 
     def post_attention_norm(self, layer: int) -> nn.Module | None:
         """The norm between the heads' sum and the residual stream, where the architecture has one (Gemma)."""
@@ -266,14 +307,14 @@ class LanguageModel:
                 f"tokenize with {self.name}'s own tokenizer."
             )
 
-    def _check_site(self, site: Site, start: Resume | None) -> None:
+    def _check_site(self, site: Site, start: Resume | None, ungroup: bool) -> None:
         if site.hook not in self.hook_points:
             raise unknown(f"hook point of {self.name}", site.hook, self.hook_points)
         layer, name = sites.split(site.hook)
         if start is not None and (layer is None or layer < start.layer):
             raise UserError(f"{site.hook} lies before block {start.layer}, where this run starts.")
         if site.head is not None:
-            shared = name in ("attn.hook_k", "attn.hook_v", "attn.hook_rot_k")
+            shared = name in ("attn.hook_k", "attn.hook_v", "attn.hook_rot_k") and not ungroup
             n = self.config.n_kv_heads if shared else self.config.n_heads
             if not 0 <= site.head < n:
                 raise UserError(f"{site.hook} has heads 0 to {n - 1}, not {site.head}.")

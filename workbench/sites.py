@@ -28,6 +28,7 @@ BLOCK_HOOKS = (
     "attn.hook_result",
     "hook_attn_out",
     "hook_resid_mid",
+    "hook_mlp_in",  # what the MLP reads, before its norm: an edit here leaves the residual stream alone
     "mlp.hook_pre",
     "mlp.hook_pre_linear",
     "mlp.hook_post",
