@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -232,7 +232,7 @@ class Circuit:
             if not bool((kept & ~stays).any()):
                 break
             kept &= stays
-        return Circuit(**{**vars(self), "kept": kept})
+        return replace(self, kept=kept)
 
     # ---- files ----
 
@@ -261,20 +261,13 @@ class Circuit:
             raise UserError(f"{folder} holds no circuit that can be read ({error}).") from error
 
 
-def top_edges(scores: EdgeScores, k: int, *, absolute: bool = True, **names: str) -> Circuit:
-    """The k edges of largest score; `names` are the circuit's model, task and method."""
+def top_edges(scores: EdgeScores, k: int, *, absolute: bool = True) -> Circuit:
+    """The k edges of largest score."""
     ranked = scores.scores.abs() if absolute else scores.scores
     kept = torch.zeros(len(ranked), dtype=torch.bool)
     kept[ranked.topk(min(k, len(ranked))).indices] = True
     how = "absolute score" if absolute else "score"
-    return Circuit(
-        scores.graph, kept, f"{k} edges of largest {how}; {scores.definition}", **names, weights=scores.scores
-    )
-
-
-def node_circuit(graph: Graph, nodes: Iterable[str], definition: str, **names: str) -> Circuit:
-    """Some nodes with all edges between them."""
-    return Circuit(graph, graph.between(nodes), definition, **names)
+    return Circuit(scores.graph, kept, f"{k} edges of largest {how}; {scores.definition}", weights=scores.scores)
 
 
 # ---- EAP-IG's files ----
