@@ -104,7 +104,8 @@ class Graph:
 
 def transformer(n_layers: int, n_heads: int, parallel_attn_mlp: bool = False) -> Graph:
     """The graph of a transformer; in a parallel block the MLP does not read the heads beside it."""
-    sources, destinations = [INPUT], []
+    sources: list[str] = [INPUT]
+    destinations: list[str] = []
     edges: list[tuple[int, int]] = []
 
     def read(names: list[str]) -> None:
