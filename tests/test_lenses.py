@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.conftest import CONFIGS
-from workbench import registry, sites
+from workbench import norms, registry, sites
 from workbench.activations import ActivationStore
-from workbench.lenses import attention_patterns, direct_logit_attribution, frozen_norm, key_classes, logit_lens
+from workbench.lenses import attention_patterns, direct_logit_attribution, key_classes, logit_lens
 from workbench.models import LanguageModel
 from workbench.prompts import Batch, sample
 from workbench.sites import block
@@ -49,7 +49,7 @@ def test_the_frozen_norm_is_the_norm_at_its_own_point_and_linear_elsewhere(
     model = make_tiny(kind)
     generator = torch.Generator().manual_seed(0)
     x, y = 3 * torch.randn(2, 4, model.config.d_model, generator=generator)
-    linear, bias = frozen_norm(model.final_norm, x)
+    linear, bias = norms.frozen(model.final_norm, x)
     torch.testing.assert_close(linear(x) + bias, model.final_norm(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(linear(x + 2 * y), linear(x) + 2 * linear(y), rtol=1e-4, atol=1e-4)
 

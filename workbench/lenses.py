@@ -7,7 +7,6 @@ variants need no case of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench import scores, sites
+from workbench import norms, scores, sites
 from workbench.activations import ActivationStore
 from workbench.metrics import top1
 from workbench.models import LanguageModel
@@ -103,7 +102,7 @@ def direct_logit_attribution(model: LanguageModel, batch: Batch, store: Activati
     direction = torch.stack(
         [unembed[:, a].mean(1) - unembed[:, w].mean(1) for a, w in zip(batch.answers, batch.wrong, strict=True)]
     )
-    to_logits, bias = frozen_norm(model.final_norm, at_end[last])
+    to_logits, bias = norms.frozen(model.final_norm, at_end[last])
 
     def effect(write: Tensor) -> Tensor:
         return (to_logits(write) * direction).sum(-1)
@@ -111,12 +110,8 @@ def direct_logit_attribution(model: LanguageModel, batch: Batch, store: Activati
     parts: dict[str, Tensor] = {}
     rest = (bias * direction).sum(-1)
     for layer in range(c.n_layers):
-        heads = model.head_results(layer, at_end[sites.block(layer, "attn.hook_z")])
+        heads = model.head_writes(layer, at_end[sites.block(layer, "attn.hook_z")])
         total = at_end[sites.block(layer, "hook_attn_out")]
-        norm = model.post_attention_norm(layer)
-        if norm is not None:
-            through, _ = frozen_norm(norm, heads.sum(1))
-            heads = torch.stack([through(heads[:, h]) for h in range(c.n_heads)], 1)
         for h in range(c.n_heads):
             parts[scores.head(layer, h)] = effect(heads[:, h])
         rest = rest + effect(total - heads.sum(1))  # the output bias, where there is one
@@ -141,26 +136,6 @@ def direct_logit_attribution(model: LanguageModel, batch: Batch, store: Activati
             "sum_error": float(error),
         },
     )
-
-
-def frozen_norm(norm: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """The linear part of a norm with its scale frozen at `x`, and its bias: norm(x) == linear(x) + bias.
-
-    The gain and whether it centres are measured with two probe vectors, so no kind of norm needs a case here.
-    """
-    width = x.shape[-1]
-    probe = torch.ones(width, device=x.device, dtype=x.dtype)
-    probe[1::2] = -1  # mean 0 and variance 1
-    with torch.no_grad():
-        bias = norm(torch.zeros_like(probe))
-        gain = (norm(probe) - bias) * probe
-        centres = bool((norm(probe + 1) - norm(probe)).abs().max() < 1e-3 * gain.abs().max())
-
-        def flat(v: Tensor) -> Tensor:
-            return v - v.mean(-1, keepdim=True) if centres else v
-
-        scale = (norm(x) - bias).norm(dim=-1, keepdim=True) / (flat(x) * gain).norm(dim=-1, keepdim=True)
-    return lambda v: flat(v) * gain * scale, bias
 
 
 # ---- attention patterns ----

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench import backend, pretrained, settings, sites
+from workbench import backend, norms, pretrained, settings, sites
 from workbench.architectures import family
 from workbench.backend import Resume
 from workbench.errors import UserError, unknown
@@ -195,6 +195,23 @@ class LanguageModel:
     def head_results(self, layer: int, z: Float[Tensor, "*any head d_head"]) -> Float[Tensor, "*any head d_model"]:
         """What each head writes to the residual stream, `z_h W_O^h`, without the bias (TransformerLens' `result`)."""
         return torch.einsum("...hd,hdm->...hm", z, self.out_weight(layer))
+
+    def head_writes(self, layer: int, z: Float[Tensor, "*any head d_head"]) -> Float[Tensor, "*any head d_model"]:
+        """What each head adds to the residual stream: its result, or its share of the post-attention norm's output.
+
+        That norm (Gemma) acts on the sum over heads. With its scale frozen at that sum it is linear, so the shares of
+        all heads, and the output bias where there is one, sum to `hook_attn_out`.
+        """
+        results = self.head_results(layer, z)
+        norm = self.post_attention_norm(layer)
+        if norm is None:
+            return results
+        through, _ = norms.frozen(norm, results.sum(-2, keepdim=True))
+        return through(results)
+
+    def out_bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        """What attention adds whatever its heads do; None where there is no bias."""
+        return cast(Tensor | None, self._block(layer).get_submodule(self._family.out_proj).bias)
 
     def _results(self, layer: int, flat: Tensor) -> Tensor:
         return self.head_results(layer, flat.unflatten(-1, (self.config.n_heads, self.config.d_head)))
