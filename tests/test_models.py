@@ -148,6 +148,9 @@ def test_an_edit_of_the_stream_reaches_what_is_added_later_and_one_of_the_mlp_in
     plain = model.run(tokens, capture=wanted)
     by_input = model.run(tokens, capture=wanted, edit={wanted[0]: shift})
     torch.testing.assert_close(by_input[wanted[0]], plain[wanted[0]] + 0.5 * direction)
+    graph = model.run(tokens, capture=wanted, grad=True)
+    (slope,) = torch.autograd.grad(graph[wanted[2]].sum() - graph[wanted[1]].sum(), graph[wanted[0]], allow_unused=True)
+    assert slope is None or float(slope.abs().max()) < 1e-5  # none of the gradient goes past the MLP
     change = by_input[wanted[1]] - plain[wanted[1]]
     assert float(change.abs().max()) > 1e-3
     torch.testing.assert_close(by_input[wanted[2]], plain[wanted[2]] + change, rtol=1e-4, atol=1e-5)

@@ -1,8 +1,12 @@
 """Where each canonical hook point lives inside a Hugging Face model: a table, no code that runs a model.
 
-A family maps the name inside a block to (path of the submodule, side): "in" and "out" are what the submodule reads and
-gives; "stream" is what it reads, but the residual stream itself, so that an edit also reaches what is added later;
-"fused0" to "fused2" are the queries, keys and values in an output that holds all three of each head side by side.
+A family maps the name inside a block to (path of the submodule, side):
+
+    in, out  what the submodule reads and gives
+    stream   what it reads, but the residual stream itself: an edit also reaches what is added to it later
+    branch   what it reads, and it alone: neither an edit nor a gradient goes past it
+    fused0-2 queries, keys, values in an output that holds all three of each head side by side
+
 Tensors inside attention (`hook_z`, `hook_pattern`, rotated queries and keys) need no entry: the workbench runs the
 attention step itself and sees them there, in the same layout for every family, so grouped-query attention needs no
 special case.
@@ -38,7 +42,7 @@ _LLAMA_HOOKS = {
     "attn.hook_k": ("self_attn.k_proj", "out"),
     "hook_attn_out": ("self_attn", "out"),
     "hook_resid_mid": ("post_attention_layernorm", "stream"),
-    "hook_mlp_in": ("post_attention_layernorm", "in"),
+    "hook_mlp_in": ("post_attention_layernorm", "branch"),
     "mlp.hook_pre": ("mlp.gate_proj", "out"),
     "mlp.hook_pre_linear": ("mlp.up_proj", "out"),
     "mlp.hook_post": ("mlp.down_proj", "in"),
@@ -68,7 +72,7 @@ GEMMA = Family(
     | {
         "hook_attn_out": ("post_attention_layernorm", "out"),
         "hook_resid_mid": ("pre_feedforward_layernorm", "stream"),
-        "hook_mlp_in": ("pre_feedforward_layernorm", "in"),
+        "hook_mlp_in": ("pre_feedforward_layernorm", "branch"),
         "hook_mlp_out": ("post_feedforward_layernorm", "out"),
     },
 )
@@ -86,7 +90,7 @@ GPT2 = Family(
         "hook_resid_pre": ("", "in"),
         "hook_attn_out": ("attn", "out"),
         "hook_resid_mid": ("ln_2", "stream"),
-        "hook_mlp_in": ("ln_2", "in"),
+        "hook_mlp_in": ("ln_2", "branch"),
         "mlp.hook_pre": ("mlp.c_fc", "out"),
         "mlp.hook_post": ("mlp.c_proj", "in"),
         "hook_mlp_out": ("mlp", "out"),
@@ -106,7 +110,7 @@ GPT_NEOX = Family(  # Pythia: attention and MLP read the same residual, so there
         "attn.hook_q": ("attention.query_key_value", "fused0"),
         "attn.hook_k": ("attention.query_key_value", "fused1"),
         "hook_attn_out": ("attention", "out"),
-        "hook_mlp_in": ("post_attention_layernorm", "in"),
+        "hook_mlp_in": ("post_attention_layernorm", "branch"),
         "mlp.hook_pre": ("mlp.dense_h_to_4h", "out"),
         "mlp.hook_post": ("mlp.dense_4h_to_h", "in"),
         "hook_mlp_out": ("mlp", "out"),

@@ -265,7 +265,7 @@ def hooked(
             elif name in family.hooks:
                 path, side = family.hooks[name]
                 submodule = blocks[layer].get_submodule(path)
-                if side in ("in", "stream"):
+                if side in ("in", "stream", "branch"):
                     install(submodule.register_forward_pre_hook, _on_input(visit, side), with_kwargs=True)
                 elif side.startswith("fused"):
                     install(submodule.register_forward_hook, _on_part(visit, d_head, int(side[-1])))
@@ -329,7 +329,8 @@ def _skip(stack: ExitStack, block: nn.Module) -> None:
 
 def _on_input(visit: Visit, side: str) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        before, after = args[0], visit(args[0])
+        before = args[0].view_as(args[0]) if side == "branch" else args[0]
+        after = visit(before)
         if side == "stream" and after is not before:  # in place, as the block adds to this very tensor later
             after = before.copy_(after)
         return (after, *args[1:]), kwargs

@@ -268,10 +268,11 @@ class LanguageModel:
         with torch.no_grad():
             return cast(Tensor, self._module.get_submodule(self._family.final_norm)(resid))
 
-    def unembed(self, resid: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any vocab"]:
+    def unembed(self, resid: Float[Tensor, "*any d_model"], *, grad: bool = False) -> Float[Tensor, "*any vocab"]:
         """Logits from a residual stream: final norm, unembedding, and the soft cap where the model has one."""
-        with torch.no_grad():
-            return self._logits(self.final_norm(resid.to(self.device, self.dtype)))
+        with nullcontext() if grad else torch.no_grad():
+            normed = self._module.get_submodule(self._family.final_norm)(resid.to(self.device, self.dtype))
+            return self._logits(cast(Tensor, normed))
 
     def _logits(self, normed: Tensor) -> Tensor:
         logits = cast(Tensor, self._module.get_output_embeddings()(normed))
