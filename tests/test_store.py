@@ -455,6 +455,20 @@ def test_what_is_pinned_stays(by: str, tiny: LanguageModel, tmp_path: Path) -> N
     assert reopened.evict() > 0 and reopened.series() == []
 
 
+def test_what_is_pinned_can_be_asked_for_again_when_it_fills_the_disk(tiny: LanguageModel, tmp_path: Path) -> None:
+    """Pinned entries need no further room; other ones of the same size do not fit."""
+    rows = sequences(8)
+    ActivationStore(tmp_path / "s").fill(tiny, rows, [OUT])
+    size = ActivationStore(tmp_path / "s").stats().disk_bytes
+    store = ActivationStore(tmp_path / "s", disk_bytes=size + 100)
+    store.pin(hook=OUT)
+    passes = tiny.forward_passes
+    store.fill(tiny, rows, [OUT])
+    assert tiny.forward_passes == passes
+    with pytest.raises(UserError, match=f"take [0-9,]+ bytes as float32, but of .* bytes {100:,} are not pinned"):
+        store.fill(tiny, rows, [Z])
+
+
 def test_pins_hold_in_memory_too(tiny: LanguageModel, tmp_path: Path) -> None:
     store = ActivationStore(tmp_path / "s", memory_bytes=8_000)
     store.get(tiny, sequences(4), [OUT])

@@ -217,7 +217,7 @@ class Watched:
         after = self.asked.stats()
         if after.disk_entries != self.before.disk_entries + after.computed - self.before.computed:
             self.stores.settled.clear()  # seldom enough to leave something to check
-        return isinstance(error, UserError) and "are pinned" in str(error) and bool(self.stores.pins)
+        return isinstance(error, UserError) and "pinned" in str(error) and bool(self.stores.pins)
 
 
 @pytest.fixture(scope="module")

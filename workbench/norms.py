@@ -30,7 +30,7 @@ class Norm(NamedTuple):
         with torch.no_grad():
             after: Tensor = (self.apply(x) - self.bias).norm(dim=-1, keepdim=True)
             before: Tensor = (self.flat(x) * self.gain).norm(dim=-1, keepdim=True)
-            return after / before
+            return after / before.clamp(min=torch.finfo(x.dtype).tiny)  # zeros stay zeros
 
 
 def measure(norm: Callable[[Tensor], Tensor], like: Tensor) -> Norm:

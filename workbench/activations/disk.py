@@ -277,12 +277,14 @@ class Disk:
             os.truncate(self.root / file, 0)  # gives back the space even while another process has the file open
         (self.root / file).unlink(missing_ok=True)
 
-    def room(self) -> int:
-        """Bytes that can be stored once everything that is not pinned has been evicted."""
+    def room(self, wanted: Iterable[Key] = ()) -> int:
+        """Bytes for entries once everything that is not pinned has been evicted; those of `wanted` that are pinned
+        already have their place."""
         with self.index.guard():
             pinned = self.index.pinned_shards()
             shards = self.index.db().execute("SELECT id, bytes FROM shards").fetchall() if pinned else ()
-        return self.budget - sum(int(size) for id, size in shards if id in pinned)
+            placed = sum(place.nbytes for _, place in self.index.find(wanted) if place.shard in pinned) if pinned else 0
+        return self.budget - sum(int(size) for id, size in shards if id in pinned) + placed
 
     def _make_room(self, nbytes: int) -> None:
         for _ in range(100):  # others write meanwhile

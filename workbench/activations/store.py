@@ -389,11 +389,11 @@ class ActivationStore:
             for length, n in Counter(map(len, request.tokens.values())).items()
             for hook in request.scopes
         )
-        if size > self.disk.room():
+        if size > self.disk.budget or size > self.disk.room(request.keys()):
             raise UserError(
-                f"{len(request.tokens):,} sequences at {len(request.scopes)} hook points take {size / 1e9:,.1f} GB as "
-                f"{self.codec}, but the disk tier has {self.disk.room() / 1e9:,.1f} GB that are not pinned; raise "
-                "WORKBENCH_STORE_DISK, choose a smaller codec, or ask for less."
+                f"{len(request.tokens):,} sequences at {len(request.scopes)} hook points take {size:,} bytes as "
+                f"{self.codec}, but of the disk tier's {self.disk.budget:,} bytes {self.disk.room(request.keys()):,} "
+                "are not pinned for something else; raise WORKBENCH_STORE_DISK, choose a smaller codec or ask for less."
             )
 
     def _count(self, name: str, amount: int | float) -> None:
