@@ -19,9 +19,9 @@ more than one block's graph is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -33,13 +33,13 @@ from circuits.writes import Ablation, Writes
 from workbench import norms, scores, sites
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
-from workbench.models import LanguageModel, Resume
+from workbench.models import Edit, LanguageModel, Resume
 from workbench.prompts import Batch
 from workbench.registry import analysis
 from workbench.scores import NodeScores
 
-TOKENS_PER_PASS = 2048
-BLOCKWISE_TOKENS = 1024  # more tokens than this in one pass: backwards one block at a time
+TOKENS_PER_PASS = 1024
+BLOCKWISE_TOKENS = 1024  # more tokens than this in one pass (a long prompt): backwards one block at a time
 Rule = Literal["right", "midpoint", "left"]
 
 
@@ -97,14 +97,24 @@ def eap_ig(
 
 
 def edge_attribution(
-    model: LanguageModel, batch: Batch, store: ActivationStore, steps: int, rule: Rule, ablation: Ablation
+    model: LanguageModel,
+    batch: Batch,
+    store: ActivationStore,
+    steps: int,
+    rule: Rule,
+    ablation: Ablation,
+    *,
+    relevance: bool = False,
 ) -> EdgeScores:
-    """EAP (one step) and EAP-IG. Raises UserError for steps < 1, and for interpolation without a corrupted prompt."""
+    """EAP (one step), EAP-IG, and RelP (with `relevance`).
+
+    Raises UserError for steps < 1, and for interpolation without a corrupted prompt.
+    """
     graph = Graph.of(model.config)
     total = torch.zeros(len(graph.sources), len(graph.destinations), dtype=torch.float64)
-    for _, run in _runs(model, batch, store, steps, rule, ablation, "eap" if steps == 1 else "eap-ig"):
+    name = "RelP" if relevance else "EAP" if steps == 1 else "EAP-IG (inputs)"
+    for _, run in _runs(model, batch, store, steps, rule, ablation, name, relevance):
         total += run.edge_scores(graph).cpu()
-    name = "EAP" if steps == 1 else "EAP-IG (inputs)"
     return EdgeScores(
         graph,
         (graph.flat(total) / len(batch)).float(),
@@ -126,7 +136,14 @@ def alphas(steps: int, rule: Rule) -> list[float]:
 
 
 def _runs(
-    model: LanguageModel, batch: Batch, store: ActivationStore, steps: int, rule: Rule, ablation: Ablation, name: str
+    model: LanguageModel,
+    batch: Batch,
+    store: ActivationStore,
+    steps: int,
+    rule: Rule,
+    ablation: Ablation,
+    name: str,
+    relevance: bool = False,
 ) -> Iterator[tuple[Tensor, _Run]]:
     """Forward and backward passes that cover the batch and all steps, with the prompts that each is about."""
     if steps < 1:
@@ -144,14 +161,14 @@ def _runs(
                 writes = Writes(model, store, some.clean, some.corrupted, ablation)
                 for start in range(0, steps, together):
                     now = points[start : start + together]
-                    yield part, _Run(model, some, writes, now, 1 / steps)
+                    yield part, _Run(model, some, writes, now, 1 / steps, relevance)
                     bar.update(len(part) * len(now))
 
 
 # ---- one forward and backward pass ----
 
 
-class _Grads(NamedTuple):
+class Grads(NamedTuple):
     """Values and gradients of one pass, by hook point; `last` is the residual stream before the final norm."""
 
     values: dict[str, Tensor]
@@ -167,8 +184,9 @@ class _Run:
     writes: Writes
     points: Sequence[float]
     weight: float
+    relevance: bool = False
 
-    def _gradients(self, hooks: Sequence[str]) -> _Grads:
+    def _gradients(self, hooks: Sequence[str]) -> Grads:
         first, base = self.writes.clean[self.writes.start], self.writes.ablated[self.writes.start]
         if list(self.points) == [1.0]:
             start = first
@@ -181,7 +199,7 @@ class _Run:
             copies = logits.unflatten(0, (len(self.points), -1))
             return torch.stack([self.batch.score(rows).sum() for rows in copies]).sum() * self.weight
 
-        return gradients(self.model, tokens, start, metric, hooks)
+        return gradients(self.model, tokens, Resume(0, start), metric, hooks, relevance=self.relevance)
 
     def node_scores(self) -> Float[Tensor, "node batch"]:
         """Per prompt, heads and MLP by layer."""
@@ -198,45 +216,74 @@ class _Run:
 
     def edge_scores(self, graph: Graph) -> Float[Tensor, "source destination"]:
         """Summed over prompts."""
-        model, c = self.model, self.model.config
-        reads = [sites.block(layer, f"attn.hook_{port}") for layer in range(c.n_layers) for port in PORTS]
-        reads += [sites.block(layer, "hook_mlp_in") for layer in range(c.n_layers)]
-        last = model.hook_points[-1]
-        found = self._gradients([*reads, last])
-        out = torch.zeros(len(graph.sources), len(graph.destinations), dtype=torch.float64, device=model.device)
-        heads = [_Pullback(self, found, layer) for layer in range(c.n_layers)]
-        for at in self.writes.chunks():
-            delta = self.writes.differences(at).flatten(1)  # [source, batch * pos * d_model]
-            column, before = 0, 1  # the next destination; how many sources it can read
-            for layer in range(c.n_layers):
-                into = heads[layer].at(at)
-                out[:before, column : column + len(into)] += delta[:before] @ into.flatten(1).T
-                column += len(into)
-                before += 0 if c.parallel_attn_mlp else c.n_heads
-                slope = self._summed(found.grads[sites.block(layer, "hook_mlp_in")], at)
-                out[:before, column] += delta[:before] @ slope.flatten()
-                column += 1
-                before += c.n_heads + 1 if c.parallel_attn_mlp else 1
-            out[:, column] += delta @ self._summed(found.grads[last], at).flatten()
-        return out
+        found = self._gradients(read_hooks(self.model))
+        return products(self.model, graph, found, self.writes, len(self.points), exact_norm=not self.relevance)
 
-    def _summed(self, grads: Tensor, at: slice) -> Tensor:
-        """Summed over interpolation points."""
-        summed: Tensor = grads.unflatten(0, (len(self.points), -1)).sum(0)
-        return summed[:, at]
+
+def read_hooks(model: LanguageModel, layer: int = 0) -> list[str]:
+    """Where destinations read, from a layer on: queries, keys, values and MLP inputs, and the last residual stream."""
+    names = (*(f"attn.hook_{port}" for port in PORTS), "hook_mlp_in")
+    hooks = [sites.block(at, name) for at in range(layer, model.config.n_layers) for name in names]
+    return [*hooks, model.hook_points[-1]]
+
+
+def products(
+    model: LanguageModel,
+    graph: Graph,
+    found: Grads,
+    writes: Writes,
+    points: int,
+    rows: slice = slice(None),
+    exact_norm: bool = True,
+) -> Float[Tensor, "source destination"]:
+    """Differences of the sources in `rows` times gradients at the destinations, summed over points and prompts.
+
+    Destinations whose gradients are not in `found` are left 0. exact_norm: norms depend on what they read; otherwise
+    their scale is a constant.
+    """
+    c = model.config
+    first, stop, _ = rows.indices(len(graph.sources))
+    out = torch.zeros(stop - first, len(graph.destinations), dtype=torch.float64, device=model.device)
+    heads = {
+        layer: _Pullback(model, found, layer, points, exact_norm)
+        for layer in range(c.n_layers)
+        if sites.block(layer, "attn.hook_q") in found.grads
+    }
+
+    def summed(hook: str, at: slice) -> Tensor:
+        grads: Tensor = found.grads[hook].unflatten(0, (points, -1)).sum(0)
+        return grads[:, at]
+
+    for at in writes.chunks():
+        delta = writes.differences(at)[rows].flatten(1)  # [source, batch * pos * d_model]
+        column, before = 0, 1  # the next destination; how many sources it can read
+        for layer in range(c.n_layers):
+            n = max(0, min(before, stop) - first)
+            if n and layer in heads:
+                into = heads[layer].at(at).flatten(1)
+                out[:n, column : column + len(into)] += delta[:n] @ into.T
+            column += 3 * c.n_heads
+            n = max(0, min(before + (0 if c.parallel_attn_mlp else c.n_heads), stop) - first)
+            hook = sites.block(layer, "hook_mlp_in")
+            if n and hook in found.grads:
+                out[:n, column] += delta[:n] @ summed(hook, at).flatten()
+            column += 1
+            before += c.n_heads + 1
+        out[:, column] += delta @ summed(model.hook_points[-1], at).flatten()
+    return out
 
 
 class _Pullback:
     """Gradients at the inputs of one layer's heads, before the norm: [3 * head, batch, pos, d_model]."""
 
-    def __init__(self, run: _Run, found: _Grads, layer: int):
-        model, points = run.model, len(run.points)
+    def __init__(self, model: LanguageModel, found: Grads, layer: int, points: int, exact_norm: bool):
         x = found.values[sites.block(layer, "hook_resid_pre")]
         norm = norms.measure(model.attention_norm(layer), x)
         scale = norm.scale(x)
         weight, _ = model.in_weights(layer)
         self.weight = (weight * norm.gain).flatten(0, 1)  # [3 * head, d_head, d_model]
         normed = norm.flat(x) * scale
+        self.exact = exact_norm
         slopes = [found.grads[sites.block(layer, f"attn.hook_{port}")] for port in PORTS]
         slope = torch.stack(slopes, 2).flatten(2, 3) * scale[..., None]  # [copy, pos, 3 * head, d_head]
         inside = torch.einsum("cpm,hdm->cphd", normed, self.weight)
@@ -249,7 +296,8 @@ class _Pullback:
         slope = self.slope[:, :, at].sum(0)
         shape = slope.shape[:2]
         out: Tensor = torch.bmm(slope.flatten(0, 1).movedim(1, 0), self.weight).unflatten(1, shape)
-        out -= torch.einsum("kbph,kbpm->hbpm", self.along[:, :, at], self.normed[:, :, at])
+        if self.exact:
+            out -= torch.einsum("kbph,kbpm->hbpm", self.along[:, :, at], self.normed[:, :, at])
         if self.mean is not None:
             out -= self.mean[:, :, at].sum(0).movedim(-1, 0)[..., None]
         return out
@@ -261,44 +309,50 @@ class _Pullback:
 def gradients(
     model: LanguageModel,
     tokens: Tensor,
-    start: Float[Tensor, "copy pos d_model"],
+    start: Resume,
     metric: Callable[[Float[Tensor, "copy vocab"]], Tensor],
     hooks: Sequence[str],
-) -> _Grads:
+    *,
+    edit: Mapping[str, Edit] | None = None,
+    relevance: bool = False,
+) -> Grads:
     """Gradients of a metric of the last position's logits at hook points, and the residual stream entering each block.
 
-    start  the residual stream that enters block 0
+    start      the block to begin at, and the residual stream that enters it
+    edit       changes on the way, as in `LanguageModel.run`
+    relevance  by the rules of relevance propagation instead of plain gradients
 
     Up to BLOCKWISE_TOKENS tokens one graph holds the whole pass. Beyond, the pass runs without a graph and each block
     is recomputed on the way back: memory for the graph of one block, for a third more time.
     """
-    pres = [sites.block(layer, "hook_resid_pre") for layer in range(model.config.n_layers)]
+    layers = range(start.layer, model.config.n_layers)
+    pres = [sites.block(layer, "hook_resid_pre") for layer in layers]
     last = model.hook_points[-1]
+    edits: dict[str | sites.Site, Edit] = {**(edit or {})}
+    options: dict[str, Any] = {"grad": True, "ungroup": True, "relevance": relevance, "edit": edits}
     if tokens.numel() <= BLOCKWISE_TOKENS:
         wanted = list(dict.fromkeys([*hooks, *pres, last]))
-        leaf = start.detach().requires_grad_()
-        out = model.run(tokens, capture=wanted, logits="last", grad=True, ungroup=True, start=Resume(0, leaf))
+        leaf = Resume(start.layer, start.resid.detach().requires_grad_())
+        out = model.run(tokens, capture=wanted, logits="last", start=leaf, **options)
         assert out.logits is not None
         slopes = torch.autograd.grad(metric(out.logits[:, -1]), [out[hook] for hook in hooks])
-        return _Grads({hook: out[hook].detach() for hook in wanted}, dict(zip(hooks, slopes, strict=True)))
-    with torch.no_grad():
-        forward = model.run(tokens, capture=[*pres, last], logits="none", start=Resume(0, start))
-    values = {hook: forward[hook] for hook in (*pres, last)}
-    leaf = values[last][:, -1:].requires_grad_()
-    with torch.enable_grad():
-        (slope,) = torch.autograd.grad(metric(model.unembed(leaf, grad=True)[:, -1]), leaf)
-    values[last].requires_grad_(False)
+        return Grads({hook: out[hook].detach() for hook in wanted}, dict(zip(hooks, slopes, strict=True)))
+    forward = model.run(tokens, capture=[*pres, last], logits="none", start=start, edit=edits, ungroup=True)
+    values = {hook: forward[hook].detach() for hook in (*pres, last)}
+    end = values[last][:, -1:].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(metric(model.unembed(end, grad=True, relevance=relevance)[:, -1]), end)
     arriving = torch.zeros_like(values[last])
     arriving[:, -1:] = slope
     found = {last: arriving} if last in hooks else {}
-    for layer in reversed(range(model.config.n_layers)):
+    for layer, pre in zip(reversed(layers), reversed(pres), strict=True):
         inside = [hook for hook in hooks if sites.split(hook)[0] == layer and hook != last]
-        leaf = values[pres[layer]].detach().requires_grad_()
-        end = sites.block(layer, "hook_resid_post")
-        again = model.run(
-            tokens, capture=[*inside, end], stop_after=end, grad=True, ungroup=True, start=Resume(layer, leaf)
+        here = {hook: fn for hook, fn in (edit or {}).items() if sites.split(hook)[0] == layer}
+        leaf = Resume(layer, values[pre].clone().requires_grad_())
+        post = sites.block(layer, "hook_resid_post")
+        again = model.run(tokens, capture=[*inside, post], stop_after=post, start=leaf, **(options | {"edit": here}))
+        slopes = torch.autograd.grad(
+            again[post], [leaf.resid, *(again[hook] for hook in inside)], arriving, allow_unused=True
         )
-        slopes = torch.autograd.grad(again[end], [leaf, *(again[hook] for hook in inside)], arriving)
         arriving = slopes[0]
         found |= dict(zip(inside, slopes[1:], strict=True))
-    return _Grads(values, found)
+    return Grads(values, found)

@@ -109,7 +109,7 @@ def transformer(n_layers: int, n_heads: int, parallel_attn_mlp: bool = False) ->
     edges: list[tuple[int, int]] = []
 
     def read(names: list[str]) -> None:
-        edges.extend((s, len(destinations) + i) for s in range(len(sources)) for i in range(len(names)))
+        edges.extend((s, len(destinations) + i) for i in range(len(names)) for s in range(len(sources)))
         destinations.extend(names)
 
     for layer in range(n_layers):
@@ -221,19 +221,17 @@ class Circuit:
     def pruned(self) -> Circuit:
         """Without the edges that lie on no path from `input` to `logits`: what they carry reaches nothing, or is
         nothing that the prompt decides."""
-        kept = self.kept.clone()
-        sources, destinations = self.graph.sources, [node_of(name) for name in self.graph.destinations]
+        graph, kept = self.graph, self.kept
+        number = {name: i for i, name in enumerate([INPUT, LOGITS, *graph.nodes])}
+        writer = torch.tensor([number[name] for name in graph.sources])[graph.edges[:, 0]]
+        reader = torch.tensor([number[node_of(name)] for name in graph.destinations])[graph.edges[:, 1]]
         while True:
-            ends = self.graph.edges[kept].tolist()
-            reads = {destinations[d] for _, d in ends} | {INPUT}
-            writes = {sources[s] for s, _ in ends} | {LOGITS}
-            stays = torch.tensor(
-                [sources[s] in reads and destinations[d] in writes for s, d in self.graph.edges.tolist()]
-            )
-            if not bool((kept & ~stays).any()):
-                break
-            kept &= stays
-        return replace(self, kept=kept)
+            reads, writes = torch.zeros(2, len(number), dtype=torch.bool)
+            reads[reader[kept]] = writes[writer[kept]] = reads[0] = writes[1] = True
+            left = kept & reads[writer] & writes[reader]
+            if torch.equal(left, kept):
+                return replace(self, kept=kept)
+            kept = left
 
     # ---- files ----
 

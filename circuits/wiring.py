@@ -44,7 +44,7 @@ class Wiring:
         at = slice(writes.prefix, None)
         self.ablated = writes.of(writes.ablated, at)  # [source, batch, pos, d_model]
         self.clean = writes.of(writes.clean, at)
-        self.past = _past(model, store, batch.clean, writes.prefix)
+        self.past = stored_past(model, store, batch.clean, writes.prefix)
 
     def max_copies(self) -> int:
         """How many copies run together within the memory budget."""
@@ -116,7 +116,8 @@ class _Pass:
             part = part[:, :, :, at]
             out = out + torch.bmm(keep[..., n : n + part.shape[1]], part.flatten(2))
             n += part.shape[1]
-        return out.unflatten(-1, base.shape) + base
+        mixed: Tensor = out.unflatten(-1, base.shape) + base
+        return mixed
 
     def _port(self, layer: int, port: str, x: Tensor) -> Tensor:
         """Queries, keys or values of all heads, each from its own input."""
@@ -169,7 +170,7 @@ def _first_cut(keep: Keep, graph: Graph, per_layer: int) -> int:
     return int(graph.edges[cut, 1].min()) // per_layer
 
 
-def _past(
+def stored_past(
     model: LanguageModel, store: ActivationStore, clean: Sequence[Tensor], prefix: int
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Keys and values of the positions before the prompts differ, as the attention step sees them."""

@@ -29,11 +29,14 @@ class Family:
     final_norm: str
     attn: str
     attn_norm: str
+    act: str
     qkv: tuple[str, ...]  # three projections, or one that makes all three
     out_proj: str
     hooks: dict[str, tuple[str, str]]
     pos_embed: str | None = None
     rotary: bool = True
+    # Norms of a block, where it has them, besides those of `attn_norm` and `hook_mlp_in`.
+    more_norms: tuple[str, ...] = ()
 
 
 _LLAMA_HOOKS = {
@@ -56,6 +59,8 @@ LLAMA = Family(
     final_norm="model.norm",
     attn="self_attn",
     attn_norm="input_layernorm",
+    act="mlp.act_fn",
+    more_norms=("self_attn.q_norm", "self_attn.k_norm"),
     qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     out_proj="self_attn.o_proj",
     hooks=_LLAMA_HOOKS,
@@ -66,6 +71,13 @@ GEMMA = Family(
     final_norm="model.norm",
     attn="self_attn",
     attn_norm="input_layernorm",
+    act="mlp.act_fn",
+    more_norms=(
+        "self_attn.q_norm",
+        "self_attn.k_norm",
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+    ),
     qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     out_proj="self_attn.o_proj",
     hooks=_LLAMA_HOOKS
@@ -83,6 +95,7 @@ GPT2 = Family(
     final_norm="transformer.ln_f",
     attn="attn",
     attn_norm="ln_1",
+    act="mlp.act",
     qkv=("attn.c_attn",),
     out_proj="attn.c_proj",
     rotary=False,
@@ -103,6 +116,7 @@ GPT_NEOX = Family(  # Pythia: attention and MLP read the same residual, so there
     final_norm="gpt_neox.final_layer_norm",
     attn="attention",
     attn_norm="input_layernorm",
+    act="mlp.act",
     qkv=("attention.query_key_value",),
     out_proj="attention.dense",
     hooks={

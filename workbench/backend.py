@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as backend_logging
 
-from workbench import sites
+from workbench import norms, sites
 from workbench.architectures import Family
 from workbench.errors import UserError
 
@@ -144,6 +145,7 @@ class _Taps:
     visit: Mapping[str, Visit] = field(default_factory=dict)
     edited: frozenset[str] = frozenset()
     past: tuple[Tensor, Tensor] | None = None
+    relevance: bool = False
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         return self.visit[name](x) if name in self.visit else x
@@ -173,11 +175,12 @@ def _attention(
         value = torch.cat([_as_many(taps.past[1].transpose(1, 2), value), value], dim=2)
         attention_mask = _causal(query, key, window)  # the backend's mask knows nothing of the past
     softcap = options.get("softcap")
-    rewritten = softcap is not None or bool(taps.edited & sites.PATTERN_HOOKS)
+    rewritten = softcap is not None or taps.relevance or bool(taps.edited & sites.PATTERN_HOOKS)
     z = None
     if rewritten or taps.visit.keys() & sites.PATTERN_HOOKS:
         groups = query.shape[1] // key.shape[1]
         scores = query @ repeat_kv(key, groups).transpose(2, 3) * options["scaling"]
+        scores = _half(scores) if taps.relevance else scores
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         mask = _causal(query, key, window) if attention_mask is None else attention_mask
@@ -185,10 +188,16 @@ def _attention(
         pattern = taps("attn.hook_pattern", scores.softmax(-1, dtype=torch.float32).to(query.dtype))
         if rewritten:
             z = (pattern @ repeat_kv(value, groups)).transpose(1, 2)
+            z = _half(z) if taps.relevance else z
     if z is None:
         ungrouped = query.shape[1] == key.shape[1]  # the kernel would repeat keys and values that have been already
         z = sdpa_attention_forward(_PLAIN if ungrouped else module, query, key, value, attention_mask, **options)[0]
     return taps("attn.hook_z", z).contiguous(), None
+
+
+def _half(product: Tensor) -> Tensor:
+    """The same value with half the gradient: each factor of a product is given half of what it explains."""
+    return (product + product.detach()) / 2
 
 
 _PLAIN = nn.Identity()  # an attention module that says nothing of groups
@@ -226,11 +235,12 @@ def hooked(
     result_of: Callable[[int, Tensor], Tensor],
     grad: bool,
     groups: int = 1,
+    relevance: bool = False,
 ) -> Iterator[None]:
     """Install one run's visitors (hook point -> function of the tensor there), and take all of them away after it.
 
     Visitors come in order of computation. With `groups` > 1, keys and values are repeated that often before they are
-    visited, so that each query head has its own.
+    visited, so that each query head has its own. With `relevance`, gradients follow the rules of relevance propagation.
     """
     if module.__dict__.get("workbench_under_way"):
         _sweep(module)
@@ -251,6 +261,9 @@ def hooked(
         elif grad:  # parameters are frozen, so the graph has to begin somewhere
             embed = module.get_submodule(family.embed)
             install(embed.register_forward_hook, lambda _, __, out: out.requires_grad_())
+        if relevance:
+            for part, rule in _rules(module, family, blocks):
+                install(part.register_forward_hook, rule)
         for block in blocks if groups > 1 else ():
             for path in family.qkv[1:]:
                 install(block.get_submodule(path).register_forward_hook, _repeat(d_head, groups))
@@ -276,11 +289,11 @@ def hooked(
             inside = {sites.block(layer, name): name for name in _attention_names(family)}
             visit_inside = {_tap_name(family, inside[hook]): visitors[hook] for hook in inside if hook in visitors}
             past = start.past.get(layer) if start else None
-            if visit_inside or past:
+            if visit_inside or past or relevance:
                 attn = blocks[layer].get_submodule(family.attn)
                 names = frozenset(inside[hook] for hook in inside if hook in edited)
                 stack.callback(attn.__dict__.pop, "workbench_taps", None)
-                attn.workbench_taps = _Taps(visit_inside, names, past)  # type: ignore[assignment]
+                attn.workbench_taps = _Taps(visit_inside, names, past, relevance)  # type: ignore[assignment]
         yield
     module.__dict__["workbench_under_way"] = False
 
@@ -295,6 +308,43 @@ def _sweep(module: nn.Module) -> None:
         part.__dict__.pop("workbench_taps", None)
         if hasattr(part.__dict__.get("forward"), "workbench"):
             del part.__dict__["forward"]
+
+
+def _rules(
+    module: PreTrainedModel, family: Family, blocks: nn.ModuleList
+) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+    """Modules whose gradient is replaced, with what replaces their output: the same value, another slope.
+
+    Layer-wise relevance propagation for transformers (Achtibat et al. 2024) as gradients: a norm's scale is a constant,
+    an activation function is a multiplication with f(x) / x, and a product gives each factor half.
+    """
+
+    def norm(part: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        parts = norms.measure(part.forward, args[0])
+        linear = parts.flat(args[0]) * parts.gain * parts.scale(args[0])
+        return out.detach() + (linear - linear.detach())
+
+    def activation(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        x = args[0]
+        slope = torch.where(x.abs() > 1e-6, out / x, 0.5).detach()
+        return out.detach() + slope * (x - x.detach())
+
+    def product(_: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return out.detach() + (out - out.detach()) / 2
+
+    yield module.get_submodule(family.final_norm), partial(norm)
+    for block in blocks:
+        paths = (family.attn_norm, family.hooks["hook_mlp_in"][0], *family.more_norms)
+        for path in dict.fromkeys(paths):
+            try:
+                yield block.get_submodule(path), partial(norm)
+            except AttributeError:  # families share a row, and not every member has every norm
+                continue
+        yield block.get_submodule(family.act), partial(activation)
+        if (
+            "mlp.hook_pre_linear" in family.hooks
+        ):  # linear, so that half the slope of its output is half that of its input
+            yield block.get_submodule(family.hooks["mlp.hook_post"][0]), partial(product)
 
 
 def _attention_names(family: Family) -> tuple[str, ...]:

@@ -118,6 +118,7 @@ class LanguageModel:
         start: Resume | None = None,
         grad: bool = False,
         ungroup: bool = False,
+        relevance: bool = False,
     ) -> Forward:
         """One forward pass. All sequences of a batch have one length: nothing is ever padded.
 
@@ -129,6 +130,7 @@ class LanguageModel:
         grad         keep the graph: captured tensors can be differentiated with torch.autograd.grad
         ungroup      where query heads share keys and values, give each its own copy: `hook_k` and `hook_v` then have
                      as many heads as `hook_q` (TransformerLens' `ungroup_grouped_query_attention`)
+        relevance    with `grad`: gradients follow the rules of relevance propagation, values do not change
 
         Raises UserError for tokens that do not fit, unknown hook points, and edits that change a shape or run the
         model.
@@ -165,6 +167,7 @@ class LanguageModel:
             self._results,
             grad,
             self.config.n_heads // self.config.n_kv_heads if ungroup else 1,
+            relevance,
         )
         if self._lock._is_owned():  # type: ignore[attr-defined]  # by this thread: the outer pass would lose its hooks
             raise UserError("the model is running: an edit cannot run it again; compute what it needs beforehand.")
@@ -268,11 +271,19 @@ class LanguageModel:
         with torch.no_grad():
             return cast(Tensor, self._module.get_submodule(self._family.final_norm)(resid))
 
-    def unembed(self, resid: Float[Tensor, "*any d_model"], *, grad: bool = False) -> Float[Tensor, "*any vocab"]:
-        """Logits from a residual stream: final norm, unembedding, and the soft cap where the model has one."""
+    def unembed(
+        self, resid: Float[Tensor, "*any d_model"], *, grad: bool = False, relevance: bool = False
+    ) -> Float[Tensor, "*any vocab"]:
+        """Logits from a residual stream: final norm, unembedding, and the soft cap where the model has one.
+
+        grad, relevance  as in `run`
+        """
+        norm, resid = self._module.get_submodule(self._family.final_norm), resid.to(self.device, self.dtype)
         with nullcontext() if grad else torch.no_grad():
-            normed = self._module.get_submodule(self._family.final_norm)(resid.to(self.device, self.dtype))
-            return self._logits(cast(Tensor, normed))
+            if relevance:
+                linear, bias = norms.frozen(norm, resid)
+                return self._logits(linear(resid) + bias)
+            return self._logits(cast(Tensor, norm(resid)))
 
     def _logits(self, normed: Tensor) -> Tensor:
         logits = cast(Tensor, self._module.get_output_embeddings()(normed))

@@ -8,7 +8,7 @@ A *basis* is anything that encodes and decodes the tensor at a site: an SAE, the
 from __future__ import annotations
 
 import re
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -54,11 +54,12 @@ class Site(NamedTuple):
     latent: int | None = None
 
 
+@runtime_checkable
 class Basis(Protocol):
     """Anything with latents over a site."""
 
-    n_latents: int
-
+    @property
+    def n_latents(self) -> int: ...
     def encode(self, x: Tensor) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...
 

@@ -1,0 +1,147 @@
+"""Many methods on one task: do they agree, do they find what is known, does what they find do the task, at what cost.
+
+Half of the prompts are for finding, the other half for judging. Methods are compared on the attention heads, which all
+of them score (an edge method by the largest score of a head's edges); circuits of heads keep all MLPs. Methods that
+score edges are also judged by the circuits of their edges.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from circuits import evaluate
+from circuits.graph import EdgeScores
+from circuits.known import get as known_circuit
+from circuits.recovery import recovery
+from circuits.writes import Ablation
+from workbench import registry, scores
+from workbench.activations import ActivationStore
+from workbench.errors import UserError
+from workbench.models import LanguageModel
+from workbench.plots import node_scores
+from workbench.prompts import Batch
+from workbench.registry import analysis
+from workbench.scores import NodeScores
+
+METHODS = "patching,attribution-patching,eap,eap-ig,node-pruning,sae-codes"
+EXACT = "patching"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row per method.
+
+    scores     of the heads, as each method gives them; agreement: Spearman correlation of their absolute values
+    table      by method: `exact` (correlation with exact patching), `heads` and `heads_f` (size and held-out
+               faithfulness of the smallest faithful circuit of heads), `heads_cmd`, the same for edges, `auc` and its
+               95 % against a known circuit, `seconds` and `passes` on the finding half; None where there is none
+    """
+
+    methods: tuple[str, ...]
+    heads: tuple[str, ...]
+    scores: Float[Tensor, "method head"]
+    agreement: Float[Tensor, "method method"]
+    table: dict[str, dict[str, float | None]]
+    definition: str
+
+    def summary(self) -> dict[str, Any]:
+        def short(row: dict[str, float | None]) -> dict[str, float | None]:
+            return {name: None if value is None else round(value, 4) for name, value in row.items()}
+
+        return {"table": {name: short(row) for name, row in self.table.items()}, "definition": self.definition}
+
+
+@analysis("compare", version=1, n=32)
+def compare(
+    model: LanguageModel,
+    batch: Batch,
+    store: ActivationStore,
+    *,
+    methods: str = METHODS,
+    truth: str = "none",
+    at_least: float = 0.9,
+    ablation: Ablation = "resample",
+    edges: bool = True,
+) -> Comparison:
+    """Run several discovery methods with their default parameters and judge them on held-out prompts.
+
+    methods   names of analyses, separated by commas
+    truth     a published circuit to hold the heads to (its name in circuits.known), or none
+    at_least  faithfulness that a circuit must reach on held-out prompts
+    ablation  of everything outside a circuit when it is judged
+    edges     also judge circuits of edges, for methods that score them
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
+    if not names:
+        raise UserError("methods is empty; name analyses that score nodes or edges, separated by commas.")
+    if len(batch) < 4:
+        raise UserError(f"{len(batch)} prompts cannot be halved for finding and judging; ask for at least 4.")
+    known = None if truth == "none" else known_circuit(truth)
+    find, judge = _halves(batch)
+    table: dict[str, dict[str, float | None]] = {}
+    by_head: list[NodeScores] = []
+    for name in tqdm(names, desc="compare", disable=None, leave=False):
+        started, passes = time.perf_counter(), model.forward_passes
+        found = registry.get_analysis(name).fn(model, find, store, **registry.bind(registry.get_analysis(name), {}))
+        seconds, passes = time.perf_counter() - started, model.forward_passes - passes
+        heads = _heads(name, found)
+        by_head.append(heads)
+        row = _judge(model, judge, store, heads, "heads", at_least, ablation)
+        if edges and isinstance(found, EdgeScores):
+            row |= _judge(model, judge, store, found, "edges", at_least, ablation)
+        if known is not None:
+            against = recovery(heads, set(known.nodes) & set(heads.nodes), name=truth)
+            row |= {"auc": against.auc, "auc_low": against.auc_low, "auc_high": against.auc_high}
+        table[name] = row | {"seconds": seconds, "passes": float(passes)}
+    agreement = torch.tensor([[scores.rank_agreement(one, other) for other in by_head] for one in by_head])
+    for i, name in enumerate(names):
+        table[name]["exact"] = float(agreement[i, names.index(EXACT)]) if EXACT in names else None
+    return Comparison(
+        names,
+        by_head[0].nodes,
+        torch.stack([heads.scores.float() for heads in by_head]),
+        agreement,
+        table,
+        f"found on {len(find)} prompts, judged on {len(judge)} others; smallest circuit of best-scored heads (with "
+        f"all MLPs) or edges with faithfulness {at_least:g} to {2 - at_least:g}, ablation {ablation}, ratio of means; "
+        "exact and agreement: Spearman correlation of absolute head scores; cost with whatever was stored already"
+        + ("" if known is None else f"; AUC of heads against {known.name} v{known.version}"),
+    )
+
+
+def _halves(batch: Batch) -> tuple[Batch, Batch]:
+    """Every other prompt of each length."""
+    order = [i for bucket in batch.buckets() for i in bucket.tolist()]
+    return batch.select(sorted(order[::2])), batch.select(sorted(order[1::2]))
+
+
+def _heads(name: str, found: object) -> NodeScores:
+    """Scores of the heads alone. Raises UserError for a result that has none."""
+    nodes = found.nodes() if isinstance(found, EdgeScores) else node_scores(found)
+    if nodes is None:
+        raise UserError(f"{name!r} gives a {type(found).__name__}, which scores no nodes or edges; leave it out.")
+    heads = nodes.heads()
+    return NodeScores(
+        tuple(heads), torch.tensor(list(heads.values())), nodes.definition, nodes.unit, headline=nodes.headline
+    )
+
+
+def _judge(
+    model: LanguageModel,
+    batch: Batch,
+    store: ActivationStore,
+    found: NodeScores | EdgeScores,
+    level: str,
+    at_least: float,
+    ablation: Ablation,
+) -> dict[str, float | None]:
+    size, reached = evaluate.smallest(model, batch, store, found, at_least=at_least, ablation=ablation)
+    drawn = evaluate.curve(model, batch, store, found, ablation=ablation)
+    return {level: float(size), f"{level}_f": reached, f"{level}_cmd": drawn.cmd}

@@ -1,0 +1,250 @@
+"""Figures of graphs: scores of edges, circuits, curves over sizes, and comparisons of methods."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+
+import plotly.graph_objects as go
+import torch
+from plotly.subplots import make_subplots
+
+from circuits.compare import Comparison
+from circuits.evaluate import Curve, Report
+from circuits.graph import INPUT, LOGITS, Circuit, EdgeScores, Graph, node_of, top_edges
+from workbench import canvas
+from workbench.plots import definition, figure
+
+EDGES = 150  # drawn of a graph: more are a carpet
+PORT_COLOURS = {"q": "rgba(26,115,200,{})", "k": "rgba(64,160,112,{})", "v": "rgba(226,98,16,{})"}
+OTHER = "rgba(128,128,128,{})"
+
+
+# ---- graphs ----
+
+
+@figure.register
+def edge_scores_figure(result: EdgeScores) -> go.Figure:
+    """The edges of largest score as a layered graph."""
+    return _graph(top_edges(result, EDGES).pruned(), result.unit)
+
+
+@definition.register
+def _(result: EdgeScores) -> str:
+    return f"the {EDGES} edges of largest score, without dead ends; {result.definition}"
+
+
+@figure.register
+def circuit_figure(result: Circuit) -> go.Figure:
+    """The circuit as a layered graph: input below, logits above."""
+    shown = result
+    if len(result) > EDGES:
+        weight = result.kept.float() if result.weights is None else result.weights.abs() * result.kept
+        kept = torch.zeros_like(result.kept)
+        kept[weight.topk(EDGES).indices] = True
+        shown = Circuit(result.graph, kept & result.kept, result.definition, weights=result.weights)
+    return _graph(shown, "weight")
+
+
+@definition.register
+def _(result: Circuit) -> str:
+    more = f"the {EDGES} strongest of {len(result)} edges; " if len(result) > EDGES else ""
+    return more + result.definition
+
+
+def _places(graph: Graph, nodes: set[str]) -> dict[str, tuple[float, float]]:
+    """x and y of every node that is drawn: heads and MLP of a layer side by side, layers from below."""
+    layers: dict[int, list[str]] = {}
+    for name in graph.nodes:
+        if name in nodes:
+            layers.setdefault(_layer(name), []).append(name)
+    places = {INPUT: (0.0, 0.0)}
+    rows = 0
+    for layer in sorted(layers):
+        heads = [name for name in layers[layer] if not name.startswith("m")]
+        mlps = [name for name in layers[layer] if name.startswith("m")]
+        for row in (heads, mlps):
+            rows += bool(row)
+            places |= {name: (i - (len(row) - 1) / 2, float(rows)) for i, name in enumerate(row)}
+    return places | {LOGITS: (0.0, rows + 1.0)}
+
+
+def _layer(name: str) -> int:
+    digits = "".join(c for c in name.split(".")[0] if c.isdigit())
+    return int(digits) if digits else 0
+
+
+def _graph(circuit: Circuit, unit: str) -> go.Figure:
+    graph = circuit.graph
+    places = _places(graph, set(circuit.nodes))
+    weights = torch.ones(len(graph)) if circuit.weights is None else circuit.weights
+    largest = float(weights[circuit.kept].abs().max()) if len(circuit) else 1.0
+    fig = go.Figure()
+    order = [i for i in circuit.kept.nonzero()[:, 0].tolist() if graph.names[i]]
+    for i in sorted(order, key=lambda i: abs(float(weights[i]))):
+        source, destination = graph.sources[graph.edges[i, 0]], graph.destinations[graph.edges[i, 1]]
+        port = destination[-2] if destination.endswith(">") else ""
+        strength = abs(float(weights[i])) / largest if largest else 1.0
+        (x0, y0), (x1, y1) = places[source], places[node_of(destination)]
+        bend = 0.12 * (y1 - y0) if abs(x1 - x0) < 0.2 and y1 - y0 > 1 else 0.0  # not through the nodes between
+        fig.add_trace(
+            go.Scatter(
+                x=[x0, (x0 + x1) / 2 + bend, x1],
+                y=[y0, (y0 + y1) / 2, y1],
+                mode="lines",
+                line={
+                    "color": PORT_COLOURS.get(port, OTHER).format(round(0.2 + 0.7 * strength, 3)),
+                    "width": 0.6 + 3.4 * strength,
+                    "shape": "spline",
+                    "dash": "solid" if weights[i] >= 0 else "dot",
+                },
+                hovertext=f"{escape(graph.names[i])} {canvas.number(float(weights[i]), 4)} {escape(unit)}",
+                hovertemplate="%{hovertext}<extra></extra>",
+                showlegend=False,
+            )
+        )
+    names = list(places)
+    fig.add_trace(
+        go.Scatter(
+            x=[places[name][0] for name in names],
+            y=[places[name][1] for name in names],
+            mode="markers+text",
+            marker={"size": 9, "color": [OTHER.format(1) if n[0] != "m" else canvas.POSITIVE.format(1) for n in names]},
+            text=[escape(name) for name in names],
+            textposition="top center",
+            textfont={"size": 10},
+            hoverinfo="skip",
+            showlegend=False,
+        )
+    )
+    for port, words in (("q", "into queries"), ("k", "into keys"), ("v", "into values"), ("", "into MLPs and logits")):
+        line = {"color": PORT_COLOURS.get(port, OTHER).format(1), "width": 2}
+        fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name=words))
+    rows = max(y for _, y in places.values())
+    fig.update_xaxes(visible=False).update_yaxes(visible=False)
+    fig.update_layout(legend={"orientation": "h", "y": -0.02, "yanchor": "top"})
+    return canvas.finish(fig, max(260, min(900, 44 * (rows + 1))), bottom=40, left=12)
+
+
+# ---- curves ----
+
+
+@figure.register
+def curve_figure(result: Curve) -> go.Figure:
+    """Faithfulness over size with 95 % over prompts; the line at 1 is the model."""
+    f = result.faithfulness
+    x = [max(n, 0.5) for n in result.items.tolist()]
+    text = [
+        f"{n} {escape(result.level)}: {canvas.number(v, 3)} [{canvas.number(a, 3)}, {canvas.number(b, 3)}]"
+        for n, v, a, b in zip(result.items.tolist(), f.value.tolist(), f.low.tolist(), f.high.tolist(), strict=True)
+    ]
+    fig = go.Figure()
+    edge = {"x": x, "mode": "lines", "line_width": 0, "hoverinfo": "skip", "showlegend": False}
+    fig.add_trace(go.Scatter(y=canvas.cells(f.low), **edge))
+    fig.add_trace(go.Scatter(y=canvas.cells(f.high), fill="tonexty", fillcolor=canvas.POSITIVE.format(0.18), **edge))
+    line = {"color": canvas.POSITIVE.format(1), "width": 2}
+    fig.add_trace(
+        go.Scatter(
+            x=x, y=canvas.cells(f.value), mode="lines+markers", line=line, hovertext=text,
+            hovertemplate="%{hovertext}<extra></extra>", showlegend=False,
+        )
+    )  # fmt: skip
+    fig.add_hline(y=1, line={"color": canvas.FAINT, "dash": "dot"})
+    fig.update_xaxes(type="log", title_text=f"{escape(result.level)} in the circuit")
+    fig.update_yaxes(title_text="faithfulness", zeroline=True, zerolinecolor=canvas.FAINT)
+    fig.add_annotation(
+        text=f"CMD {canvas.number(result.cmd, 3, signed=False)} · CPR {canvas.number(result.cpr, 3, signed=False)}",
+        x=1, y=0.02, xref="paper", yref="paper", xanchor="right", yanchor="bottom", showarrow=False,
+    )  # fmt: skip
+    return canvas.finish(fig, 280)
+
+
+@definition.register
+def _(result: Curve) -> str:
+    return result.definition
+
+
+@figure.register
+def report_figure(result: Report) -> go.Figure:
+    """How much each node of the circuit is needed; beside it the circuit among random ones."""
+    order = result.minimality.argsort(descending=True).tolist()[:40]
+    fig = make_subplots(rows=1, cols=2, column_widths=[0.65, 0.35], horizontal_spacing=0.12)
+    bar = {"marker_color": canvas.POSITIVE.format(0.85), "marker_line_width": 0, "showlegend": False}
+    fig.add_trace(
+        go.Bar(x=[result.nodes[i] for i in order], y=canvas.cells(result.minimality[order]), **bar), row=1, col=1
+    )
+    random = {"mode": "markers", "marker": {"color": OTHER.format(0.6), "size": 7}, "showlegend": False}
+    fig.add_trace(
+        go.Scatter(x=canvas.cells(result.random), y=[0.0] * len(result.random), name="random", **random), row=1, col=2
+    )
+    error = {"array": [result.high - result.faithfulness], "arrayminus": [result.faithfulness - result.low]}
+    mark = {"color": canvas.POSITIVE.format(1), "size": 11}
+    fig.add_trace(
+        go.Scatter(
+            x=[result.faithfulness], y=[1.0], mode="markers", marker=mark, error_x=error, showlegend=False,
+            name="the circuit",
+        ), row=1, col=2,
+    )  # fmt: skip
+    fig.update_yaxes(title_text="change without it", row=1, col=1)
+    fig.update_xaxes(title_text="faithfulness", row=1, col=2)
+    fig.update_yaxes(tickvals=[0, 1], ticktext=["random", "circuit"], range=[-0.6, 1.6], row=1, col=2)
+    return canvas.finish(fig, 260)
+
+
+@definition.register
+def _(result: Report) -> str:
+    return result.definition
+
+
+# ---- comparisons ----
+
+
+@figure.register
+def comparison_figure(result: Comparison) -> go.Figure:
+    """Agreement of the methods, and beside it size of the smallest faithful circuit, CMD and cost of each."""
+    names = [escape(name) for name in result.methods]
+    n = len(names)
+    columns = [("heads", "heads needed"), ("heads_cmd", "CMD of heads"), ("edges_cmd", "CMD of edges"),
+               ("auc", "AUC"), ("seconds", "seconds")]  # fmt: skip
+    columns = [(key, title) for key, title in columns if any(_cell(result, m, key) is not None for m in result.methods)]
+    inside = max(150, 34 * n)
+    fig = make_subplots(
+        rows=1,
+        cols=1 + len(columns),
+        column_widths=[0.4, *[0.6 / len(columns)] * len(columns)],
+        horizontal_spacing=0.025,
+        subplot_titles=["agreement", *(title for _, title in columns)],
+    )
+    hover = [
+        [f"{names[i]} and {names[j]}: {canvas.number(v, 3)}" for j, v in enumerate(row)]
+        for i, row in enumerate(result.agreement.tolist())
+    ]
+    text = [[canvas.number(v, 2, signed=False) for v in row] for row in result.agreement.tolist()]
+    colours = {"colorscale": canvas.DIVERGING, "zmin": -1, "zmax": 1, "showscale": False}
+    written = {"text": text, "texttemplate": "%{text}", "textfont": canvas.WRITTEN}
+    fig.add_trace(canvas.heatmap(result.agreement, hover, **colours, **written), row=1, col=1)
+    fig.update_xaxes(tickvals=list(range(n)), ticktext=names, tickangle=40, row=1, col=1)
+    fig.update_yaxes(tickvals=list(range(n)), ticktext=names, autorange="reversed", automargin=True, row=1, col=1)
+    for column, (key, _) in enumerate(columns, 2):
+        values = [_cell(result, method, key) for method in result.methods]
+        labels = ["–" if v is None else f"{v:.3g}" for v in values]
+        fig.add_trace(
+            go.Bar(
+                x=values, y=list(range(n)), orientation="h", text=labels, textposition="auto", showlegend=False,
+                marker_color=canvas.POSITIVE.format(0.6), marker_line_width=0, hoverinfo="skip",
+            ), row=1, col=column,
+        )  # fmt: skip
+        fig.update_yaxes(visible=False, range=[n - 0.5, -0.5], row=1, col=column)
+        fig.update_xaxes(showticklabels=False, row=1, col=column)
+    fig.update_annotations(font_size=12)
+    return canvas.finish(fig, inside, top=34, bottom=110, left=110)
+
+
+def _cell(result: Comparison, method: str, key: str) -> float | None:
+    value = result.table[method].get(key)
+    return value if value is not None and math.isfinite(value) else None
+
+
+@definition.register
+def _(result: Comparison) -> str:
+    return result.definition
