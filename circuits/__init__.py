@@ -2,9 +2,16 @@
 
 from circuits import acdc as acdc
 from circuits import attribution as attribution
+from circuits import compare as compare
+from circuits import drawing as drawing
 from circuits import edge_patching as edge_patching
 from circuits import features as features
+from circuits import figures as figures
 from circuits import ig_activations as ig_activations
+from circuits import intervention as intervention
 from circuits import masks as masks
 from circuits import patching as patching
+from circuits import path_patching as path_patching
 from circuits import relp as relp
+from circuits import reuse as reuse
+from circuits import subspaces as subspaces
