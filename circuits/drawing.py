@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 
 from circuits.compare import Comparison
 from circuits.evaluate import Curve, Report
+from circuits.features import FeatureScores
 from circuits.graph import INPUT, LOGITS, Circuit, EdgeScores, Graph, node_of, top_edges
 from workbench import canvas
 from workbench.plots import definition, figure
@@ -247,4 +248,40 @@ def _cell(result: Comparison, method: str, key: str) -> float | None:
 
 @definition.register
 def _(result: Comparison) -> str:
+    return result.definition
+
+
+# ---- latents ----
+
+
+@figure.register
+def feature_scores_figure(result: FeatureScores) -> go.Figure:
+    """The latents of largest score; beside them how much of each hook point's attribution no latent explains."""
+    best = result.top(25)
+    fig = make_subplots(rows=1, cols=2, column_widths=[0.6, 0.4], horizontal_spacing=0.12)
+    colour = [(canvas.POSITIVE if value >= 0 else canvas.NEGATIVE).format(0.85) for _, value in best]
+    names = [escape(name.replace("blocks.", "").replace("hook_", "")) for name, _ in best]
+    bar = {"marker_line_width": 0, "showlegend": False}
+    fig.add_trace(
+        go.Bar(x=[value for _, value in best], y=names, orientation="h", marker_color=colour, **bar), row=1, col=1
+    )
+    explained = torch.stack([row.sum() for row in result.latents])
+    layers = list(range(len(result.hooks)))
+    fig.add_trace(
+        go.Bar(x=layers, y=canvas.cells(explained), name="latents", marker_color=canvas.POSITIVE.format(0.6)),
+        row=1, col=2,
+    )  # fmt: skip
+    fig.add_trace(
+        go.Bar(x=layers, y=canvas.cells(result.errors), name="error", marker_color=OTHER.format(0.6)), row=1, col=2
+    )
+    fig.update_xaxes(title_text=escape(result.unit), row=1, col=1)
+    fig.update_yaxes(autorange="reversed", automargin=True, tickfont={"size": 10}, row=1, col=1)
+    fig.update_xaxes(title_text="hook point, in order of computation", row=1, col=2)
+    fig.update_yaxes(title_text="sum of scores", zeroline=True, zerolinecolor=canvas.FAINT, row=1, col=2)
+    fig.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0.65})
+    return canvas.finish(fig, 20 * len(best), top=30)
+
+
+@definition.register
+def _(result: FeatureScores) -> str:
     return result.definition

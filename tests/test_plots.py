@@ -248,7 +248,10 @@ def test_every_analysis_has_a_figure_and_a_definition(name: str, tiny: LanguageM
     assert plots.definition(result) or analysis.about
 
 
-QUICK: dict[str, dict[str, Any]] = {"sae-codes": {"trials": 1, "steps": 20, "permutations": 20}}
+QUICK: dict[str, dict[str, Any]] = {
+    "sae-codes": {"trials": 1, "steps": 20, "permutations": 20},
+    "compare": {"methods": "patching,eap"},
+}
 
 
 def test_ranking_is_by_size_with_the_error_beside_it() -> None:

@@ -18,7 +18,10 @@ from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.prompts import Batch, sample
 
-SMALL = {"sae-codes": {"steps": 5, "trials": 1, "permutations": 5}}  # parameters that make an analysis quick
+SMALL = {
+    "sae-codes": {"steps": 5, "trials": 1, "permutations": 5},
+    "compare": {"methods": "patching,eap"},
+}  # parameters that make an analysis quick
 
 
 def equal(a: Any, b: Any) -> bool:
