@@ -87,7 +87,8 @@ class Weights:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "words"}
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Weights:
-        return replace(self, **{name: fn(tensor) for name, tensor in self.tensors().items()})
+        changed: dict[str, Any] = {name: fn(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changed)
 
 
 def forward(

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from circuits.graph import INPUT, LOGITS, PORTS, Graph, node_of
 from circuits.toy_weights import Weights, accuracy, disguise, to_model, train
 from workbench import sites
-from workbench.errors import UserError
+from workbench.errors import UserError, unknown
+from workbench.interventions import resample, steer
 from workbench.models import Edit, LanguageModel
 from workbench.prompts import Batch, Prompt, Task, sample
 from workbench.scores import head, mlp
@@ -70,33 +71,36 @@ def faithfulness(model: LanguageModel, batch: Batch, kept: Iterable[str]) -> flo
     """Share of the metric that is left when every head and MLP that is not kept is resampled from the corrupted prompt.
 
     (m(kept) - m(nothing)) / (m(everything) - m(nothing)), each m a mean over the prompts, at all positions.
+    Raises UserError for unknown nodes and prompts of several lengths.
     """
+    clean, corrupted = _stacked(batch)
+    places = {node: _site(node) for node in Graph.of(model.config).nodes}
     kept = set(kept)
-    layers = range(model.config.n_layers)
-    hooks = [sites.block(layer, name) for layer in layers for name in ("attn.hook_z", "hook_mlp_out")]
-    clean, corrupted = torch.stack(batch.clean), torch.stack(batch.corrupted)
-    found = model.run(corrupted, capture=hooks, logits="none")
+    for node in kept - places.keys():
+        raise unknown(f"node of {model.name}", node, places)
+    found = model.run(corrupted, capture=places.values(), logits="none")
 
-    def metric(nodes: set[str] | None) -> float:
-        edit: dict[str | sites.Site, Edit] = {}
-        for layer in layers if nodes is not None else ():
-            gone = [h for h in range(model.config.n_heads) if head(layer, h) not in nodes]
-            edit[hooks[2 * layer]] = _resample_heads(found[hooks[2 * layer]], gone)
-            if mlp(layer) not in nodes:
-                edit[hooks[2 * layer + 1]] = lambda _, value=found[hooks[2 * layer + 1]]: value
+    def metric(nodes: set[str]) -> float:
+        edit: dict[str | sites.Site, Edit] = {
+            places[node]: resample(found[places[node]]) for node in places.keys() - nodes
+        }
         return float(batch.score(_last(model, clean, edit)).mean())
 
-    nothing, everything = metric(set()), metric(None)
+    nothing, everything = metric(set()), metric(set(places))
     return (metric(kept) - nothing) / (everything - nothing)
 
 
-def _resample_heads(value: Tensor, heads: list[int]) -> Edit:
-    def edit(x: Tensor) -> Tensor:
-        x = x.clone()
-        x[:, :, heads] = value[:, :, heads]
-        return x
+def _stacked(batch: Batch) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+    if len(batch.buckets()) > 1:
+        raise UserError("the prompts have several lengths; take one bucket: batch.select(batch.buckets()[0]).")
+    return torch.stack(batch.clean), torch.stack(batch.corrupted)
 
-    return edit
+
+def _site(node: str) -> sites.Site:
+    layer, _, index = node[1:].partition(".h")
+    if index:
+        return sites.Site(sites.block(int(layer), "attn.hook_z"), head=int(index))
+    return sites.Site(sites.block(int(layer), "hook_mlp_out"))
 
 
 def smallest_circuit(model: LanguageModel, batch: Batch, nodes: Iterable[str]) -> tuple[tuple[str, ...], float]:
@@ -117,13 +121,19 @@ def edge_effects(model: LanguageModel, batch: Batch, edges: Iterable[str]) -> di
     """Exact patching of single edges: the destination alone reads what the source wrote on the corrupted prompt.
 
     Metric of the clean run minus that of the patched run, per prompt. A model without norms reads sums, so that the
-    change of one source can be added to what one destination reads. Prompts must have one length.
+    change of one source can be added to what one destination reads.
+    Raises UserError for a model with norms, unknown edges and prompts of several lengths.
     """
+    if not isinstance(model.attention_norm(0), nn.Identity):
+        raise UserError(f"{model.name} has norms: what a node reads is no sum, and edges cannot be patched this way.")
+    edges, known = tuple(edges), Graph.of(model.config).index
+    for edge in set(edges) - known.keys():
+        raise unknown(f"edge of {model.name}", edge, known)
     layers, n_heads = range(model.config.n_layers), range(model.config.n_heads)
     parts = ("attn.hook_result", "hook_mlp_out")
     hooks = ["hook_embed", *(sites.block(layer, part) for layer in layers for part in parts)]
-    clean = torch.stack(batch.clean)
-    here, there = (model.run(x, capture=hooks, logits="none") for x in (clean, torch.stack(batch.corrupted)))
+    clean, corrupted = _stacked(batch)
+    here, there = (model.run(x, capture=hooks, logits="none") for x in (clean, corrupted))
     differ = {INPUT: there["hook_embed"] - here["hook_embed"]}
     for layer in layers:
         result, out = (there[hook] - here[hook] for hook in (sites.block(layer, part) for part in parts))
@@ -134,7 +144,7 @@ def edge_effects(model: LanguageModel, batch: Batch, edges: Iterable[str]) -> di
         source, destination = edge.split("->")
         site, read = _reader(model, destination)
         by = differ[source] if read is None else differ[source] @ read
-        effects[edge] = unpatched - batch.score(_last(model, clean, {site: lambda x, by=by: x + by}))
+        effects[edge] = unpatched - batch.score(_last(model, clean, {site: steer(by, 1.0)}))
     return effects
 
 
@@ -193,7 +203,7 @@ def induction(seed: int = 0, *, noise_heads: int = 7) -> Toy:
     generator = torch.Generator().manual_seed(seed)
     words = (BOS, *(f"w{i}" for i in range(_INDUCTION_WORDS)))
     w = Weights.random(words, _LENGTH + 1, 32, 2, 1, 0, generator, d_head=16)
-    w = train(w, _induction_batch, generator, steps=300, rate=1e-2)
+    w = train(w, _induction_batch, generator, steps=400, rate=1e-2)
     right = accuracy(w, *_induction_batch(generator, 1000))
     task = Task("toy-induction", 1, "logit_diff", _induction_prompt, "a list of words that begins again")
     return _finished("toy-induction", w, task, generator, noise_heads, {"accuracy": right})
@@ -228,8 +238,8 @@ _NAMES = tuple("ABCDEF")
 def _ioi_prompt(rng: random.Random) -> Prompt:
     first, second, *others = rng.sample(_NAMES, 5)
     subject, answer = (first, second) if rng.random() < 0.5 else (second, first)
-    texts = (" ".join((BOS, *names, "to")) for names in ((first, second, subject), others))
-    return Prompt(*texts, (f" {answer}",), tuple(f" {name}" for name in _NAMES if name != answer))
+    clean, corrupted = (" ".join((BOS, *names, "to")) for names in ((first, second, subject), others))
+    return Prompt(clean, corrupted, (f" {answer}",), tuple(f" {name}" for name in _NAMES if name != answer))
 
 
 def _ioi_batch() -> tuple[Tensor, Tensor]:

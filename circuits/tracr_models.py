@@ -78,8 +78,8 @@ def compiled(name: str, seed: int = 0, *, neurons: int = 16) -> Toy:
 
     def prompt(rng: random.Random) -> Prompt:
         words, other = _pair(program, rng)
-        texts = (" ".join((BOS, *some)) for some in (words, other))
-        return Prompt(*texts, (f" {program.solve(words)}",), (f" {program.solve(other)}",))
+        clean, corrupted = (" ".join((BOS, *some)) for some in (words, other))
+        return Prompt(clean, corrupted, (f" {program.solve(words)}",), (f" {program.solve(other)}",))
 
     rng = random.Random(0)
     pairs = [_pair(program, rng) for _ in range(PAIRS)]

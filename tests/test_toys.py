@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from itertools import combinations, product
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_making_a_model_leaves_the_global_generator_alone(plain: toy_weights.Wei
 
 
 def test_a_shape_that_gpt2_cannot_have_is_refused(plain: toy_weights.Weights) -> None:
-    narrow = toy_weights.replace(plain, qkv=plain.qkv[..., :3], out=plain.out[:, :, :3])
+    narrow = replace(plain, qkv=plain.qkv[..., :3], out=plain.out[:, :, :3])
     with pytest.raises(UserError, match="disguise it first"):
         toy_weights.to_model(narrow, "toy")
 
@@ -176,9 +177,9 @@ def test_all_edges_of_one_destination_together_are_what_it_reads_on_the_corrupte
 
 
 def _any_prompt(rng: random.Random) -> toys.Prompt:
-    texts = (" ".join(("bos", *rng.choices("abcdefg", k=6))) for _ in range(2))
+    clean, corrupted = (" ".join(("bos", *rng.choices("abcdefg", k=6))) for _ in range(2))
     right, wrong = rng.sample("abcdefg", 2)
-    return toys.Prompt(*texts, (f" {right}",), (f" {wrong}",))
+    return toys.Prompt(clean, corrupted, (f" {right}",), (f" {wrong}",))
 
 
 # ---- toys ----
@@ -251,7 +252,7 @@ def test_exact_patching_finds_the_nodes_and_the_edges(toy: Toy, store: Activatio
     value = dict(zip(scores.nodes, scores.scores.tolist(), strict=True))
     assert max(abs(value[node]) for node in value.keys() - set(toy.nodes)) < 1e-3
     among = [name for name, kept in zip(toy.graph.names, toy.graph.between(toy.nodes).tolist(), strict=True) if kept]
-    noise = sorted(set(toy.graph.names) - set(among))[::5]
+    noise = sorted(set(toy.graph.names) - set(among))[::9]
     effects = toys.edge_effects(toy.model, batch, [*among, *noise])
     share = {edge: abs(float(effect.mean())) / ablated(toy, batch, []) for edge, effect in effects.items()}
     assert min(share[edge] for edge in toy.edges) > 0.6 * toys.CARRIES
@@ -274,6 +275,19 @@ def auc_of_sizes(toy: Toy) -> float:
     size = torch.cat([found[hook][:, -1].norm(dim=-1).mean(0) for hook in hooks])
     heads = tuple(head(layer, h) for layer in layers for h in range(toy.model.config.n_heads))
     return head_auc(NodeScores(heads, size, "norm of the head's output", ""), toy.nodes)
+
+
+def test_what_cannot_be_measured_is_refused_with_a_sentence(ioi: Toy, make_tiny: Callable[..., LanguageModel]) -> None:
+    batch = ioi.batch(4)
+    with pytest.raises(UserError, match=r"no node of toy-ioi is called 'a3\.h9'"):
+        toys.faithfulness(ioi.model, batch, ["a3.h9"])
+    with pytest.raises(UserError, match="no edge of toy-ioi"):
+        toys.edge_effects(ioi.model, batch, ["a0.h0->a0.h1<q>"])
+    with pytest.raises(UserError, match="has norms"):
+        toys.edge_effects(make_tiny("gpt2"), batch, [])
+    shorter = replace(batch, clean=(batch.clean[0][1:], *batch.clean[1:]))
+    with pytest.raises(UserError, match="several lengths"):
+        toys.faithfulness(ioi.model, shorter, [])
 
 
 # ---- induction ----
@@ -384,7 +398,7 @@ def test_training_again_generalises_too(tmp_path: Path) -> None:
 def test_every_seed_gives_the_same_circuit(seed: int) -> None:
     found, ioi = toys.induction(seed), toys.symbolic_ioi(seed)
     assert found.nodes == ("a0.h0", "a1.h0") and "a0.h0->a1.h0<k>" in found.edges
-    assert found.headline["accuracy"] > 0.98
+    assert found.headline["accuracy"] > 0.97
     assert ioi.nodes == ("a0.h0", "a0.h1")
 
 
@@ -442,14 +456,14 @@ def test_the_circuit_of_a_program_is_what_the_compiler_made(
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_constant_nodes_are_needed_and_noise_is_not(name: str, compiled: Callable[[str], Toy]) -> None:
     toy = compiled(name)
-    batch = toy.batch(32, seed=4).select(range(32))
+    batch = toy.batch(32, seed=4)
     real = {*toy.nodes, *toy.constant}
-    tokens = stacked(batch.select(batch.buckets()[-1].tolist()))
+    tokens = [x for bucket in batch.buckets() for x in stacked(batch.select(bucket.tolist()))]
     for node in toy.graph.nodes:
-        site = _site(node)
+        edit = {_site(node): zero()}
         changes = []
-        for x in tokens:
-            edited = logits_of(toy.model, x, edit={site: zero()}, logits="last")
+        for x in tokens:  # a length that reads as nothing is taken for the longest, so only shorter prompts tell
+            edited = logits_of(toy.model, x, edit=edit, logits="last")
             changes.append(float((edited - logits_of(toy.model, x, logits="last")).abs().max()))
         if node in real:
             assert max(changes) > 0.5, node
@@ -463,7 +477,7 @@ def test_every_edge_of_a_program_carries_and_others_do_not(name: str, compiled: 
     toy = compiled(name)
     batch = toy.batch(48, seed=5)
     batch = batch.select(batch.buckets()[-1].tolist())
-    others = random.Random(0).sample(sorted(set(toy.graph.names) - set(toy.edges)), 60)
+    others = sorted(set(toy.graph.names) - set(toy.edges))[::7]
     effects = toys.edge_effects(toy.model, batch, [*toy.edges, *others])
     size = {edge: float(effect.abs().max()) for edge, effect in effects.items()}
     assert min(size[edge] for edge in toy.edges) > 1 > 20 * max(size[edge] for edge in others)
