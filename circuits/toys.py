@@ -340,7 +340,7 @@ def modular_addition(seed: int = 0, *, noise_heads: int = 2, folder: Path = DATA
     """
     path = folder / f"modular-addition-{seed}.safetensors"
     if not path.exists():
-        raise UserError(f"there is no {path}; make it with train_modular_addition({seed}), which takes minutes.")
+        raise UserError(f"there is no {path}; make it with train_modular_addition({seed}), a minute or two.")
     w = Weights((*map(str, range(MODULUS)), "="), **load_file(path))
     with safe_open(path, "pt") as file:
         curve = [(int(step), *map(float, both.split())) for step, both in sorted(file.metadata().items())]

@@ -65,7 +65,7 @@ def programs() -> dict[str, Program]:
 
 
 def compiled(name: str, seed: int = 0, *, neurons: int = 16) -> Toy:
-    """The model of a program, disguised with noise from `seed`. Compiling takes 10 to 60 seconds.
+    """The model of a program, disguised with noise from `seed`. Compiling takes 4 to 20 seconds.
 
     `nodes` and `edges` are those with non-zero weights that carry something the prompt decides; what the compiler
     made but is the same for all prompts of one length is in `constant`.
