@@ -61,13 +61,15 @@ class Weights:
         heads: int,
         d_mlp: int,
         generator: torch.Generator,
+        *,
+        d_head: int | None = None,
     ) -> Weights:
-        """Normal weights that keep the size of what they read."""
+        """Normal weights that keep the size of what they read; d_head is d_model / heads unless given."""
 
         def normal(*shape: int, scale: float) -> Tensor:
             return torch.randn(*shape, generator=generator) * scale
 
-        words, d_head = tuple(words), d_model // heads
+        words, d_head = tuple(words), d_head or d_model // heads
         narrow = d_model**-0.5
         return cls(
             words,
@@ -85,7 +87,8 @@ class Weights:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "words"}
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Weights:
-        return replace(self, **{name: fn(tensor) for name, tensor in self.tensors().items()})
+        changed: dict[str, Any] = {name: fn(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changed)
 
 
 def forward(
@@ -184,7 +187,10 @@ def _sized(w: Weights, noise: Tensor, neurons: int, real: int, examples: Tensor,
 
 
 def to_model(w: Weights, name: str) -> LanguageModel:
-    """A GPT-2 of the library with these weights, its norms taken out, and a tokenizer of words between spaces."""
+    """A GPT-2 of the library with these weights, its norms taken out, and a tokenizer of words between spaces.
+
+    Words that it does not know become one more, whose logit is the mean of all others: it is never the likeliest.
+    """
     n_layers, _, n_heads, d_model, d_head = w.qkv.shape
     if n_heads * d_head != d_model:
         raise UserError(f"GPT-2 has d_model = heads x d_head, not {d_model} = {n_heads} x {d_head}; disguise it first.")
@@ -193,7 +199,7 @@ def to_model(w: Weights, name: str) -> LanguageModel:
     state = {
         "transformer.wte.weight": torch.cat([w.embed, w.embed.new_zeros(1, d_model)]),
         "transformer.wpe.weight": w.pos,
-        "lm_head.weight": torch.cat([w.unembed.T, w.unembed.new_zeros(1, d_model)]),
+        "lm_head.weight": torch.cat([w.unembed.T, w.unembed.mean(1)[None]]),
     }
     for layer in range(n_layers):
         block = f"transformer.h.{layer}"
