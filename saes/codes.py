@@ -24,6 +24,14 @@ The score is not causal. It says that what a head writes differs between clean a
 model uses it; and where corrupted prompts vary less (greater-than's all end in 01), every head that reads the varying
 token is scored, for which no permutation is a remedy. Hold it to exact patching before calling the top heads a circuit.
 
+The published statistic counts; it does not compare. A head that says one and the same other thing on all clean prompts
+has a single unique code, fewer than chance gives, so that its z is *negative*. `statistic="information"` puts in its
+place the mutual information of code and label, silence included, also against label swaps: it is large whenever the
+codes tell clean from corrupted.
+
+Other encoders take the SAE's place as controls: `kmeans` (the code is the nearest of `latents` centroids) and `probe`
+(each head's own difference-of-means direction, cut into bins), fitted on the same training rows.
+
 Training is not what finds heads: on SmolLM2-135M (ioi, greater-than) a random SAE (steps=0) and the plain norm of the
 mean difference between clean and corrupted outputs ranked the heads of largest exact effect at least as well as a
 trained SAE in either mode.
@@ -31,6 +39,7 @@ trained SAE in either mode.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -41,6 +50,7 @@ from jaxtyping import Bool, Float, Int, Real
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from saes.controls import kmeans, nearest, probe_codes
 from workbench import scores, sites
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
@@ -53,6 +63,9 @@ NONE = -1
 CHUNK = 64  # prompts whose activations are held at once
 
 Mode = Literal["paper", "fixed"]
+Encoder = Literal["sae", "kmeans", "probe"]
+Statistic = Literal["unique", "information"]
+PROBE_BINS = 20
 
 
 class DiscreteSAE(NamedTuple):
@@ -75,6 +88,8 @@ class TrialSettings(NamedTuple):
     lr: float = 1e-3
     permutations: int = 200
     pairs: bool = False
+    encoder: Encoder = "sae"
+    statistic: Statistic = "unique"
 
 
 @dataclass(frozen=True)
@@ -142,6 +157,8 @@ def sae_codes(
     permutations: int = 200,
     position: Literal["mean", "last"] = "mean",
     pairs: bool = False,
+    encoder: Encoder = "sae",
+    statistic: Statistic = "unique",
     sae_seed: int = 0,
 ) -> CodeScores:
     """Heads whose discrete SAE codes occur on clean prompts only. Correlational: it does not show that a head is used.
@@ -156,6 +173,8 @@ def sae_codes(
     permutations  label swaps that make the null distribution
     position      a head's output averaged over token positions, or at the last one
     pairs         also count code pairs of two heads that occur together on clean prompts only
+    encoder       what makes codes: sae, or the controls kmeans and probe
+    statistic     what is compared with label swaps (fixed): unique codes, or mutual information of code and label
     sae_seed      of training examples, initialisation and permutations
     """
     n = len(batch)
@@ -167,15 +186,19 @@ def sae_codes(
     x = head_outputs(model, store, [*batch.clean, *batch.corrupted], position)
     if mode == "fixed":
         x = rescale(x)
-    settings = TrialSettings(mode, latents, examples, steps, lam, lr, permutations, pairs)
+    settings = TrialSettings(mode, latents, examples, steps, lam, lr, permutations, pairs, encoder, statistic)
     runs = [trial(x, settings, generator) for _ in tqdm(range(trials), desc="sae-codes", leave=False, disable=None)]
     every = {key: torch.stack([run[key] for run in runs]).float().cpu() for key in runs[0]}
     mean = {key: value.mean(0) for key, value in every.items()}
     which = "raw" if mode == "paper" else "z"
     null = f", z-scored against {permutations} label swaps within pairs" if mode == "fixed" else ""
+    what = f"number of {encoder} codes a head uses on clean and never on corrupted prompts"
+    if mode == "fixed" and statistic == "information":
+        what = f"mutual information of {encoder} code and label clean or corrupted"
     definition = (
-        f"number of codes a head uses on clean and never on corrupted prompts{null}; {mode} mode, {latents} latents, "
-        f"{examples} training examples, {position} position, mean over {trials} SAEs from seed {sae_seed}; not causal"
+        f"{what}{null}; {mode} mode, {latents} latents, {examples} training examples, {position} position, mean over "
+        f"{trials} trials from seed {sae_seed}; "
+        "not causal"
     )
     layers, heads = model.config.n_layers, model.config.n_heads
     nodes = tuple(scores.head(layer, head) for layer in range(layers) for head in range(heads))
@@ -194,16 +217,35 @@ def trial(x: Float[Tensor, "example head d_model"], settings: TrialSettings, gen
     n = len(x) // 2
     train, scored = split(n, settings.examples, settings.mode, generator)
     rows = x[train].flatten(0, 1)
-    sae = fit(rows, settings, generator)
-    table = codes(sae, x)
+    table, quality = _table(x, train, rows, settings, generator)
     none = (table[torch.cat([scored, scored + n])] == NONE).double().mean(0)
     if settings.mode == "paper":
         table = table.clamp(min=0)  # argmax over zeros is 0
     clean, corrupted = table[:n][scored], table[n:][scored]
-    out = score_codes(clean, corrupted, settings.latents, settings.permutations, generator)
+    out = score_codes(clean, corrupted, settings.latents, settings.permutations, generator, settings.statistic)
     if settings.pairs:
         out["pairs"] = pair_scores(clean, corrupted, settings.latents).double()
-    return out | {"none": none, "loss": loss(sae, rows, settings.lam), "fvu": _fvu(sae, rows)}
+    return out | {"none": none} | quality
+
+
+def _table(
+    x: Float[Tensor, "example head d_model"],
+    train: Int[Tensor, " trained"],
+    rows: Float[Tensor, "row d_model"],
+    settings: TrialSettings,
+    generator: Generator,
+) -> tuple[Int[Tensor, "example head"], dict[str, Tensor]]:
+    """Codes of all examples, and how well the encoder fits its training rows."""
+    if settings.encoder == "probe":
+        missing = torch.tensor(torch.nan)
+        return probe_codes(x, train, min(PROBE_BINS, settings.latents)), {"loss": missing, "fvu": missing}
+    if settings.encoder == "kmeans":
+        centres = kmeans(rows, settings.latents, generator)
+        table = torch.cat([nearest(x[i : i + CHUNK], centres) for i in range(0, len(x), CHUNK)])
+        error = (rows - centres[nearest(rows, centres)]).square().sum()
+        return table, {"loss": error / rows.numel(), "fvu": error / (rows - rows.mean(0)).square().sum()}
+    sae = fit(rows, settings, generator)
+    return codes(sae, x), {"loss": loss(sae, rows, settings.lam), "fvu": _fvu(sae, rows)}
 
 
 # ---- data ----
@@ -324,14 +366,17 @@ def score_codes(
     n_codes: int,
     permutations: int,
     generator: Generator,
+    statistic: Statistic = "unique",
 ) -> dict[str, Tensor]:
-    """u_h raw, normalised and against the null, and how many codes each head has."""
+    """u_h raw and normalised, the statistic against the null, and how many codes each head has."""
     swaps = torch.rand(permutations + 1, len(clean), generator=generator).to(clean.device) < 0.5
     swaps[0] = False
     only, used = unique_codes(clean, corrupted, n_codes, swaps)
-    raw, null = only[0], only[1:]
+    raw = only[0]
+    both = only if statistic == "unique" else information(clean, corrupted, n_codes, swaps)
+    real, null = both[0], both[1:]
     std = null.std(0, correction=0)
-    z = torch.where(std > 0, (raw - null.mean(0)) / std, 0)
+    z = torch.where(std > 0, (real - null.mean(0)) / std, 0)
     return {"raw": raw, "normalised": raw / used.clamp(min=1), "z": z, "codes_used": used}
 
 
@@ -351,6 +396,27 @@ def unique_codes(
         only.append(((count == total) & (total > 0)).sum(1))
         used.append((total > 0).sum())
     return torch.stack(only, 1).double(), torch.stack(used).double()
+
+
+def information(
+    clean: Int[Tensor, "pair head"],
+    corrupted: Int[Tensor, "pair head"],
+    n_codes: int,
+    swaps: Bool[Tensor, "permutation pair"],
+) -> Float[Tensor, "permutation head"]:
+    """Mutual information of code and label in bits, for every way of swapping the labels of some pairs; NONE is a code.
+
+    Labels are equally frequent, so it is 1 - H(label | code), from 0 (codes alike) to 1 (no code in common).
+    """
+    out = []
+    swap = swaps.float()
+    for p, q in zip(clean.T, corrupted.T, strict=True):
+        before, after = (F.one_hot(one + 1, n_codes + 1).float() for one in (p, q))
+        total = before.sum(0) + after.sum(0)
+        share = (before.sum(0) + swap @ (after - before)) / total.clamp(min=1)
+        entropy = -(torch.xlogy(share, share) + torch.xlogy(1 - share, 1 - share)) / math.log(2)
+        out.append(1 - (entropy * total).sum(1) / total.sum())
+    return torch.stack(out, 1).double()
 
 
 # ---- pairs of heads ----

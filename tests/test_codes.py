@@ -5,15 +5,17 @@ The synthetic heads write known things, so that what a score should be is known 
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import mutual_info_score
 from torch import Generator, Tensor
 
-from saes import codes
+from saes import codes, controls
 from saes.codes import NONE, DiscreteSAE, TrialSettings
 from workbench import registry, runs, scores
 from workbench.activations import ActivationStore
@@ -310,3 +312,69 @@ def test_too_few_pairs_are_refused(tiny: LanguageModel, batch: Batch, store: Act
 def test_a_saved_run_reads_back(tiny_folder: str) -> None:
     run = runs.run("sae-codes", model=tiny_folder, task="ioi", n=8, pairs=True, **SMALL)
     assert run.result.summary()["trials"] == 2
+
+
+# ---- information ----
+
+
+def test_information_of_codes_by_hand_and_against_scikit_learn() -> None:
+    clean = torch.tensor([[0, 1, NONE, 3], [0, 2, NONE, 1], [0, 1, NONE, 3], [0, 2, 5, 2]])
+    corrupted = torch.tensor([[1, 1, NONE, 3], [1, 2, NONE, 3], [2, 1, NONE, 1], [3, 2, NONE, 0]])
+    found = codes.information(clean, corrupted, 6, no_swap(4))[0]
+    assert found[0] == pytest.approx(1) and found[1] == pytest.approx(0)  # nothing in common; the same
+    label = [1] * 4 + [0] * 4
+    for h in range(4):
+        both = torch.cat([clean[:, h], corrupted[:, h]]).tolist()
+        assert float(found[h]) == pytest.approx(mutual_info_score(label, both) / math.log(2), abs=1e-6)
+
+
+def test_a_head_that_always_says_one_other_thing_is_found_by_information_and_not_by_counting() -> None:
+    clean, corrupted = torch.zeros(40, 1, dtype=torch.long), torch.arange(40)[:, None] % 20 + 1
+    counted = codes.score_codes(clean, corrupted, 30, 200, rng())
+    informed = codes.score_codes(clean, corrupted, 30, 200, rng(), "information")
+    assert float(counted["z"]) < -2 and float(informed["z"]) > 2
+
+
+# ---- controls ----
+
+
+def test_kmeans_finds_clusters_that_are_there() -> None:
+    centres = 10 * torch.eye(4, 6)
+    rows = centres.repeat_interleave(20, 0) + 0.1 * torch.randn(80, 6, generator=rng())
+    found = controls.kmeans(rows, 8, rng(3))  # more than there are: none is left without one
+    at = controls.nearest(rows, found).view(4, 20)
+    assert len({int(row[0]) for row in at}) == 4
+    assert all(set(a.tolist()).isdisjoint(b.tolist()) for i, a in enumerate(at) for b in at[:i])
+    assert torch.equal(controls.nearest(rows[0], found), controls.nearest(rows[:1], found)[0])
+
+
+def test_probe_codes_are_bins_along_the_difference_of_means() -> None:
+    """A head that separates the classes uses disjoint bins; one that does not uses the same ones."""
+    n = 200
+    x = torch.randn(2 * n, 2, 5, generator=rng())
+    x[:n, 0, 2] += 20
+    train = torch.cat([torch.arange(50), torch.arange(n, n + 50)])
+    found = controls.probe_codes(x, train, 10)
+    clean, corrupted = found[:n], found[n:]
+    assert set(clean[:, 0].tolist()).isdisjoint(corrupted[:, 0].tolist())
+    assert set(clean[:, 1].tolist()) == set(corrupted[:, 1].tolist()) == set(range(10))
+    share = found[train, 0].bincount(minlength=10).double() / 100
+    assert float(share.max()) <= 0.11  # equally many training rows in each bin
+
+
+@pytest.mark.parametrize("encoder", ["sae", "kmeans", "probe"])
+def test_every_encoder_finds_heads_that_differ_and_not_under_shuffled_labels(encoder: str) -> None:
+    generator = rng()
+    x = torch.randn(120, 40, 16, generator=generator)
+    x[:60, :8] += 3 * torch.randn(8, 16, generator=generator)  # eight heads say another thing on clean prompts
+    truth = torch.arange(40) < 8
+    settings = TrialSettings(steps=100, latents=40, permutations=100, encoder=encoder, statistic="information")  # type: ignore[arg-type]
+    found = codes.trial(codes.rescale(x), settings, rng(1))
+    assert auc(found["z"], truth) > 0.9
+    nulls = []
+    for seed in range(20):
+        swap = torch.rand(60, generator=rng(seed)) < 0.5
+        mixed = x.clone()
+        mixed[:60][swap], mixed[60:][swap] = x[60:][swap], x[:60][swap]
+        nulls.append(auc(codes.trial(codes.rescale(mixed), settings, rng(seed))["z"], truth))
+    assert 0.42 < sum(nulls) / 20 < 0.58
