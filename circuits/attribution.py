@@ -328,7 +328,7 @@ def gradients(
     layers = range(start.layer, model.config.n_layers)
     pres = [sites.block(layer, "hook_resid_pre") for layer in layers]
     last = model.hook_points[-1]
-    edits: dict[str | sites.Site, Edit] = {hook: fn for hook, fn in (edit or {}).items()}  # noqa: C416
+    edits: dict[str | sites.Site, Edit] = {hook: fn for hook, fn in (edit or {}).items()}
     options: dict[str, Any] = {"grad": True, "ungroup": True, "relevance": relevance, "edit": edits}
     if tokens.numel() <= BLOCKWISE_TOKENS:
         wanted = list(dict.fromkeys([*hooks, *pres, last]))

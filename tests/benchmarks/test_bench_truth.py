@@ -4,7 +4,7 @@ For each planted model of the suite, which no method was tuned on: ROC AUC of no
 the same prompts. Edges that the circuit needs but that carry the same on both prompts (the scaffold) are left out: no
 patching can see them. `heads` is the same over attention heads alone, as codes score nothing else.
 
-The null swaps clean and corrupted prompt in a random half of the pairs, and keeps answers where they are: the effects of
+The null swaps clean and corrupted prompt in a random half of the pairs and keeps answers where they are: effects of
 a true node cancel. Large effects cancel to larger remainders, so raw scores stay above .5 there; against other swaps
 (absolute z-score) they must not.
 
@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+from circuits.planted import SUITE, plant
 
 from circuits import masks
 from circuits.acdc import acdc_scores
@@ -31,7 +32,6 @@ from circuits.edge_patching import edge_patching
 from circuits.graph import EdgeScores
 from circuits.ig_activations import eap_ig_activations
 from circuits.patching import patching
-from circuits.planted import SUITE, plant
 from circuits.recovery import auc
 from circuits.relp import relp
 from saes.codes import head_outputs, sae_codes
