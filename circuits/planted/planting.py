@@ -30,7 +30,7 @@ CHOICES = {
     "lookup": ("none", "before", "after"),
     "fillers": ("same", "fresh", "constant"),
 }
-EXAMPLES = 64  # prompts on which the weights are scaled
+EXAMPLES = 48  # prompts on which the weights are scaled
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def plant(
         model=model,
         nodes=frozenset(draft.roles),
         edges=frozenset(draft.edges),
-        scaffold=frozenset(draft.scaffold),
+        scaffold=frozenset(draft.scaffold - draft.edges),
         redundant=design.movers if redundant else frozenset(),
         roles=dict(draft.roles),
         recipe=recipe,

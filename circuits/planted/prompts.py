@@ -69,7 +69,7 @@ class Slot(NamedTuple):
 
     kind: str
     source: int = 0
-    index: int = 0
+    nth: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class Layout:
     one_changes: bool  # else, each source may change
 
     def at(self, kind: str, source: int) -> tuple[int, ...]:
-        """Positions of a source's words, in order of their index."""
-        found = [(slot.index, p) for p, slot in enumerate(self.slots) if slot.kind == kind and slot.source == source]
+        """Positions of a source's words, in their order."""
+        found = [(slot.nth, p) for p, slot in enumerate(self.slots) if slot.kind == kind and slot.source == source]
         return tuple(p for _, p in sorted(found))
 
     def draw(self, rng: random.Random) -> Prompt:
@@ -130,10 +130,10 @@ class Layout:
             if slot.kind in ("filler", "end"):
                 words.append(filler if slot.kind == "filler" else LAST)
             elif slot.kind == "colour":
-                words.append(COLOURS[drawn[slot.source].colours[slot.index]])
+                words.append(COLOURS[drawn[slot.source].colours[slot.nth]])
             else:
                 last = drawn[slot.source].last
-                name = drawn[slot.source].names[slot.index] if slot.kind == "name" else last
+                name = drawn[slot.source].names[slot.nth] if slot.kind == "name" else last
                 assert name is not None
                 words.append(NAMES[slot.source][name])
         return " ".join(words)
@@ -153,7 +153,7 @@ def layout(
             units.append([Slot("colour", b)])
             continue
         tail = [] if kind == "inhibition" else [Slot("colour", b)]
-        units += [[Slot("name", b, i), *(slot._replace(index=i) for slot in tail)] for i in range(n_pairs)]
+        units += [[Slot("name", b, i), *(slot._replace(nth=i) for slot in tail)] for i in range(n_pairs)]
         questions.append([Slot("last", b)])
     rng.shuffle(units)
     rng.shuffle(questions)

@@ -36,7 +36,7 @@ def variants(n: int = 36, seed: int = 0) -> list[dict[str, Any]]:
                 "negative": 0 if redundant or (saturated and lookup == "after") else rng.choice((0, 1, 1)),
                 "redundant": redundant,
                 "saturated": saturated,
-                "loud": rng.choice((1.0, 2.0, 3.0)),
+                "loud": rng.choice((0.5, 1.0, 1.0, 3.0)),
                 "fillers": CHOICES["fillers"][i // 2 % 3],
                 "n_values": rng.choice((3, 4, 5)),
             }

@@ -4,7 +4,8 @@ The residual stream has d_model - 1 coordinates (LayerNorm takes one away). A va
 word is `red`" is coordinate 7. What a node of the circuit needs is then a few numbers: a head whose query reads
 coordinate 3 and whose key reads coordinate 9 looks from where 3 is on to where 9 is on; its values and outputs copy
 coordinates to coordinates; an MLP has one neuron for each row of a table. All other parts of all nodes are random: they
-read what anybody writes and write into coordinates that no node of the circuit reads.
+read what anybody writes and write into coordinates that no node of the circuit reads. Some heads look exactly where a
+head of the circuit looks, and are decoys.
 
 Scales depend on the norm, and the norm on all that was written before. So the model is grown on example prompts: each
 layer is built from the residual stream that the layers before it have made, and what is "on" there is read as 1.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +25,8 @@ from torch import Tensor
 EPSILON = 1e-5  # of the norm
 SINK = 6.0  # how much more a query that finds nothing likes the first position than any other
 ANSWER_LOGIT = 8.0
-RIDER = 0.5  # norm of what a node of the circuit writes beside it
+LOUDNESS = (0.3, 1.8)  # norm of what a distractor writes, drawn from this range, times `Plan.loud`
+RIDER = (0.4, 1.4)  # norm of what a node of the circuit writes beside its part in it
 
 
 class Read(NamedTuple):
@@ -72,6 +74,7 @@ class Mlp(NamedTuple):
     writes: tuple[int, ...]
     low: float
     high: float | None
+    gain: float
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Plan:
     readable   coordinates that distractors read: words and variables
     junk       coordinates that only distractors write to
     sharpness  attention logit by which a match beats the first position
-    loud       norm of what a distractor writes, about; a node of the circuit writes 1
+    loud       factor to the norm of what distractors write
     final      what the unembedding reads, and `answers` the words for its entries
     """
 
@@ -140,11 +143,11 @@ def grow(
     layers = []
     for index in range(plan.n_layers):
         seen = normed(x)
-        heads = [_head(plan, plan.heads.get((index, h)), seen, generator) for h in range(plan.n_heads)]
+        heads = [_head(plan, index, h, seen, generator) for h in range(plan.n_heads)]
         q, q_bias, k, v, out = (torch.stack(parts) for parts in zip(*heads, strict=True))
         x = x + attend(seen, q, q_bias, k, v, out)
         seen = normed(x)
-        w_in, b_in, w_out = _mlp(plan, plan.mlps.get(index), seen, generator)
+        w_in, b_in, w_out = _mlp(plan, index, seen, generator)
         x = x + (seen @ w_in.T + b_in).relu() @ w_out
         layers.append(Layer(q, q_bias, k, v, out, w_in, b_in, w_out))
     unembed = torch.zeros_like(embed)
@@ -181,13 +184,14 @@ def _pattern(scores: Float[Tensor, "*batch pos key"]) -> Float[Tensor, "*batch p
 
 
 def _head(
-    plan: Plan, head: Head | None, seen: Float[Tensor, "batch pos coord"], generator: torch.Generator
+    plan: Plan, layer: int, index: int, seen: Float[Tensor, "batch pos coord"], generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rows q, q_bias, k, v, out of one head: the circuit's, if it has a part in it, and random ones in the rest."""
-    n = seen.shape[-1]
-    q, k = _looks(plan, head, seen) if head else _looks_anywhere(plan, seen, generator)
+    n, head = seen.shape[-1], plan.heads.get((layer, index))
+    model = head or _imitated(plan, layer, generator)
+    q, k = _looks(plan, model, seen) if model else _looks_anywhere(plan, seen, generator)
     q_bias = seen.new_zeros(len(q))
-    if head:  # a query that finds nothing looks at the first position
+    if model:  # a query that finds nothing looks at the first position
         q = torch.cat([q, q.new_zeros(1, n)])
         k = torch.cat([k, _rows(_positions(plan, (0,)), seen)])
         q_bias = torch.cat([q_bias, q_bias.new_full((1,), SINK * math.sqrt(plan.d_head))])
@@ -196,14 +200,22 @@ def _head(
     v[own:] = _anything(plan, plan.d_head - own, seen, generator)
     out[own:] = _random_rows(plan.d_head - own, plan.junk, seen, generator)
     scores = (seen @ q.T + q_bias) @ (seen @ k.T).mT / math.sqrt(plan.d_head)
-    free = _pattern(scores) @ (seen @ v.T) @ out
-    out *= (RIDER if head else _loudness(plan, generator)) / _rms(free)
+    out *= _loudness(plan, head is not None, generator) / _peak(_pattern(scores) @ (seen @ v.T) @ out)
     if head:
         v[:own] = _rows(head.value, seen)
         out[range(own), list(head.writes)] = head.gain
-    turn, turn_out = _rotation(plan.d_head, generator), _rotation(plan.d_head, generator)
+    turn, turn_out = (_rotation(plan.d_head, generator).to(seen.dtype) for _ in range(2))
     used = turn[:, : len(q)]
     return used @ q, used @ q_bias, used @ k, turn_out @ v, turn_out @ out
+
+
+def _imitated(plan: Plan, layer: int, generator: torch.Generator) -> Head | None:
+    """For every other distractor, if possible, a head of the circuit that it looks like: what that one reads is there
+    from its own layer on."""
+    known = [head for (at, _), head in sorted(plan.heads.items()) if at <= layer]
+    if not known or float(torch.rand((), generator=generator)) < 0.5:
+        return None
+    return known[int(torch.randint(len(known), (), generator=generator))]
 
 
 def _looks(plan: Plan, head: Head, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,20 +252,18 @@ def _positions(plan: Plan, at: tuple[int, ...]) -> Read:
 
 
 def _mlp(
-    plan: Plan, mlp: Mlp | None, seen: Float[Tensor, "batch pos coord"], generator: torch.Generator
+    plan: Plan, layer: int, seen: Float[Tensor, "batch pos coord"], generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """w_in, b_in, w_out: neurons of the table, if the circuit has one here, and random ones, in random order."""
-    n = 4 * plan.d_model
+    n, mlp = 4 * plan.d_model, plan.mlps.get(layer)
     w_in = _anything(plan, n, seen, generator)
     w_in /= (seen @ w_in.T).std(dim=(0, 1))[:, None]
     b_in = 0.5 * torch.randn(n, generator=generator, dtype=seen.dtype)
     w_out = _random_rows(n, plan.junk, seen, generator)
-    if mlp:
-        rows, bias, writes = _table(mlp, seen)
-        w_in[: len(rows)], b_in[: len(rows)], w_out[: len(rows)] = rows, bias, 0
-    w_out *= (RIDER if mlp else _loudness(plan, generator)) / _rms((seen @ w_in.T + b_in).relu() @ w_out)
-    if mlp:
-        w_out[: len(rows)] = writes
+    rows, bias, writes = _table(mlp, seen) if mlp else (w_in[:0], b_in[:0], w_out[:0])
+    w_in[: len(rows)], b_in[: len(rows)], w_out[: len(rows)] = rows, bias, 0
+    w_out *= _loudness(plan, mlp is not None, generator) / _peak((seen @ w_in.T + b_in).relu() @ w_out)
+    w_out[: len(rows)] = writes
     order = torch.randperm(n, generator=generator)
     return w_in[order], b_in[order], w_out[order]
 
@@ -263,7 +273,7 @@ def _table(mlp: Mlp, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = inputs[0] if len(inputs) == 1 else (inputs[0][:, None] + inputs[1][None]).flatten(0, 1)
     to = torch.eye(seen.shape[-1], dtype=seen.dtype)[[mlp.writes[entry] for entry in mlp.table]]
     on = len(inputs) - 1.0  # both inputs of a row must be on
-    slope = 1 / ((mlp.high or 1.0) - mlp.low)
+    slope = mlp.gain / ((mlp.high or 1.0) - mlp.low)
     bias = rows.new_full((len(rows),), -on - mlp.low)
     if mlp.high is None:
         return rows, bias, slope * to
@@ -299,16 +309,19 @@ def _anything(plan: Plan, n: int, seen: Tensor, generator: torch.Generator) -> T
 
 
 def _rotation(n: int, generator: torch.Generator) -> Float[Tensor, "n n"]:
-    return torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+    return cast(Tensor, torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q)
 
 
-def _loudness(plan: Plan, generator: torch.Generator) -> float:
-    return plan.loud * (0.6 + 0.8 * float(torch.rand((), generator=generator)))
+def _loudness(plan: Plan, rider: bool, generator: torch.Generator) -> float:
+    """Drawn on a logarithmic scale."""
+    low, high = RIDER if rider else LOUDNESS
+    draw = low * math.exp(math.log(high / low) * float(torch.rand((), generator=generator)))
+    return draw if rider else plan.loud * draw
 
 
-def _rms(written: Float[Tensor, "batch pos coord"]) -> float:
-    """Norm of what is written, after the first position."""
-    return float(written[:, 1:].square().sum(-1).mean().sqrt())
+def _peak(written: Float[Tensor, "batch pos coord"]) -> float:
+    """Norm of what is written, at the position where it is largest (but for the first): a head may rest elsewhere."""
+    return float(written[:, 1:].square().sum(-1).mean(0).amax().sqrt())
 
 
 # ---- back to the residual stream ----
@@ -319,7 +332,7 @@ def basis(n: int, rotate: bool, generator: torch.Generator) -> Float[Tensor, "co
     wave = torch.arange(1, n, dtype=torch.float64)[:, None] * (torch.arange(n, dtype=torch.float64) + 0.5) / n
     directions = math.sqrt(2 / n) * (math.pi * wave).cos()
     turn = _rotation(n - 1, generator)
-    return turn @ directions if rotate else directions
+    return (turn @ directions if rotate else directions).float()
 
 
 def gpt2(weights: Weights, directions: Float[Tensor, "coord d_model"]) -> dict[str, Float[Tensor, "..."]]:

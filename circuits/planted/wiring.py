@@ -24,6 +24,7 @@ from workbench.errors import UserError
 FILLER_COORDS = 8  # fillers share a few coordinates; other words have one each
 MIN_JUNK = 16
 NEGATIVE = -0.4  # what all negative heads together write, of what the movers write
+GAIN = (0.8, 2.5)  # norm of what a node of the circuit writes, drawn from this range
 
 
 @dataclass
@@ -39,6 +40,13 @@ class Draft:
     roles: dict[str, str] = field(default_factory=dict)
     edges: set[str] = field(default_factory=set)
     scaffold: set[str] = field(default_factory=set)
+    gains: dict[tuple[int, ...], float] = field(default_factory=dict)
+
+    def register(self, n: int) -> tuple[int, ...]:
+        """Coordinates for a variable, and how large it is."""
+        coords = self.coords(n)
+        self.gains[coords] = math.exp(self.rng.uniform(*map(math.log, GAIN)))
+        return coords
 
     def coords(self, n: int) -> tuple[int, ...]:
         self.taken += n
@@ -62,7 +70,7 @@ class Draft:
         """
         reads = [*(match.query for match in matches), *(match.key for match in matches), value]
         first = 1 + max(_layer(writer) for read in reads for writer in read.writers)
-        writes = self.coords(len(value.coords)) if into is None else into
+        writes = self.register(len(value.coords)) if into is None else into
         names = []
         for _ in range(copies):
             free = [
@@ -75,7 +83,7 @@ class Draft:
                 raise self._full()
             layer = self.rng.choice(sorted({layer for layer, _ in free}))
             h = self.rng.choice([h for at_layer, h in free if at_layer == layer])
-            self.heads[layer, h] = Head(tuple(matches), value, writes, total / copies)
+            self.heads[layer, h] = Head(tuple(matches), value, writes, total * self.gains[writes] / copies)
             names.append(scores.head(layer, h))
             self.roles[names[-1]] = role
             for match in matches:
@@ -94,8 +102,8 @@ class Draft:
         if not free:
             raise self._full()
         layer = self.rng.choice(free)
-        writes = self.coords(len(inputs[0].coords))
-        self.mlps[layer] = Mlp(tuple(inputs), table, writes, *clip)
+        writes = self.register(len(inputs[0].coords))
+        self.mlps[layer] = Mlp(tuple(inputs), table, writes, *clip, self.gains[writes])
         self.roles[scores.mlp(layer)] = role
         for read in inputs:
             self._note(read, scores.mlp(layer))
@@ -144,7 +152,7 @@ def design(
     """Lay the circuit out in the draft. Raises UserError if it does not fit."""
     n_pos, n_values, last = len(words.slots), words.n_values, len(words.slots) - 1
     stream = _Stream(draft, words)
-    clip = (0.25, 0.75) if saturated else (0.5, None)
+    clip = (0.25, 0.75) if saturated else (0.2, None)
     values = [_source(draft, stream, words, b, hops, width) for b in range(len(words.sources))]
     value = values[0]
     if len(values) == 2 or lookup == "before":
@@ -177,7 +185,7 @@ def design(
         draft.mlps, sharpness, loud, final, tuple(ID[word] for word in words.answers),
     )  # fmt: skip
     # A large constant direction, as trained models have: one loud distractor must not rescale all that is written.
-    constant = math.sqrt(1 + 0.5 * loud**2 * draft.n_layers * (draft.n_heads + 1))
+    constant = math.sqrt(1 + 3 * max(1.0, loud) ** 2 * draft.n_layers * (draft.n_heads + 1))
     embed, codes = stream.embeddings(draft.n_heads * d_head - 1, constant, generator)
     return Design(plan, embed, codes, frozenset(carriers))
 
@@ -200,14 +208,14 @@ class _Stream:
         return Read(tuple(self.codes[p] for p in at), at, True, (INPUT,), False)
 
     def embeddings(self, size: int, constant: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        embed = torch.zeros(len(WORDS), size, dtype=torch.float64)
+        embed = torch.zeros(len(WORDS), size)
         embed[ID[LAST], self.end] = 1
         for words, coords in [(COLOURS, self.colours), *zip(NAMES, self.names, strict=False)]:
             for word, coord in zip(words, coords, strict=False):
                 embed[ID[word], coord] = 1
-        random_rows = torch.randn(len(FILLERS), FILLER_COORDS, generator=generator, dtype=torch.float64)
+        random_rows = torch.randn(len(FILLERS), FILLER_COORDS, generator=generator)
         embed[ID[FILLERS[0]] :, list(self.fillers)] = random_rows / random_rows.norm(dim=1, keepdim=True)
-        codes = torch.zeros(len(self.codes), size, dtype=torch.float64)
+        codes = torch.zeros(len(self.codes), size)
         codes[range(len(codes)), list(self.codes)] = 1
         codes[:, self.constant] = constant
         return embed, codes
