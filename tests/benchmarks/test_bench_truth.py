@@ -23,7 +23,6 @@ from typing import Any
 
 import pytest
 import torch
-from circuits.planted import SUITE, plant
 
 from circuits import masks
 from circuits.acdc import acdc_scores
@@ -32,6 +31,7 @@ from circuits.edge_patching import edge_patching
 from circuits.graph import EdgeScores
 from circuits.ig_activations import eap_ig_activations
 from circuits.patching import patching
+from circuits.planted import SUITE, plant
 from circuits.recovery import auc
 from circuits.relp import relp
 from saes.codes import head_outputs, sae_codes
