@@ -82,7 +82,7 @@ class Plan:
     """All that decides the weights, but chance.
 
     codes      coordinates of the positions; `hot` are positions that matter, which distractors prefer to look at
-    readable   coordinates that distractors read: words and variables
+    words      coordinates of the words; `variables` those of what the circuit computes; distractors read both
     junk       coordinates that only distractors write to
     sharpness  attention logit by which a match beats the first position
     loud       factor to the norm of what distractors write
@@ -94,7 +94,8 @@ class Plan:
     d_head: int
     codes: tuple[int, ...]
     hot: tuple[int, ...]
-    readable: tuple[int, ...]
+    words: tuple[int, ...]
+    variables: tuple[int, ...]
     junk: tuple[int, ...]
     heads: Mapping[tuple[int, int], Head]
     mlps: Mapping[int, Mlp]
@@ -302,10 +303,11 @@ def _random_rows(n: int, coords: Sequence[int], like: Tensor, generator: torch.G
 
 
 def _anything(plan: Plan, n: int, seen: Tensor, generator: torch.Generator) -> Tensor:
-    """Rows that read words and variables, and a little less of what other distractors wrote, however loud they are."""
-    rows = _random_rows(n, plan.readable, seen, generator)
-    ratio = seen[..., list(plan.readable)].norm() / seen[..., list(plan.junk)].norm().clamp(min=1e-9)
-    return rows + 0.7 * min(float(ratio), 1.0) * _random_rows(n, plan.junk, seen, generator)
+    """Rows that read words, and less of what other distractors wrote, however loud they are, and of variables: if they
+    read more of those, the circuit would stand out by what distractors make of it."""
+    ratio = seen[..., list(plan.words)].norm() / seen[..., list(plan.junk)].norm().clamp(min=1e-9)
+    parts = [(plan.words, 1.0), (plan.junk, 0.7 * min(float(ratio), 1.0)), (plan.variables, 0.4)]
+    return torch.stack([weight * _random_rows(n, coords, seen, generator) for coords, weight in parts]).sum(0)
 
 
 def _rotation(n: int, generator: torch.Generator) -> Float[Tensor, "n n"]:

@@ -181,11 +181,11 @@ def design(
     hot = tuple(p for p, slot in enumerate(words.slots) if slot.kind in ("name", "colour", "last") or p == words.meet)
     sharpness = draft.rng.uniform(14, 24) if saturated else draft.rng.uniform(2.5, 4)
     plan = Plan(
-        draft.n_layers, draft.n_heads, d_head, stream.codes, hot, (*stream.words, *variables), junk, draft.heads,
+        draft.n_layers, draft.n_heads, d_head, stream.codes, hot, stream.words, variables, junk, draft.heads,
         draft.mlps, sharpness, loud, final, tuple(ID[word] for word in words.answers),
     )  # fmt: skip
     # A large constant direction, as trained models have: one loud distractor must not rescale all that is written.
-    constant = math.sqrt(1 + 3 * max(1.0, loud) ** 2 * draft.n_layers * (draft.n_heads + 1))
+    constant = math.sqrt(1 + max(1.0, loud) ** 2 * draft.n_layers * (draft.n_heads + 1))
     embed, codes = stream.embeddings(draft.n_heads * d_head - 1, constant, generator)
     return Design(plan, embed, codes, frozenset(carriers))
 
