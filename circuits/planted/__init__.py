@@ -22,14 +22,14 @@ each head of a source is so many heads that share the work; `negative`: heads th
 What makes it hard:
 saturated   attention matches by 14 to 24 logits instead of 2.5 to 4, and MLPs clip: gradients of clean runs vanish
 redundant   three movers vote, and an MLP takes the majority: removing one alone changes nothing (`Planted.redundant`)
-loud        factor to what distractors write: a norm of 0.3 to 1.8 where they write most. What a node of the circuit writes
-            has norm 0.8 to 2.5 (heads that share a variable share it), plus something random of 0.4 to 1.4
+loud        factor to what distractors write: a norm of 0.3 to 1.8 where they write most. The circuit's nodes write
+            their variable with a norm of 0.8 to 2.5, and beside it something random with 0.4 to 1.4
 fillers     words that matter not are "same" in both prompts, "fresh" in the corrupted one, or "constant" there: heads
             that read them differ between clean and corrupted, and in the last case see less variety in corrupted ones
 Distractors look at the words that matter, at any others, or exactly where a head of the circuit looks (decoys); they
 read words, each other's output, and the circuit's variables too. They write into directions that no node of the circuit
-reads, so they act on it through the norm's scale alone: a tenth of the weakest true node, or less. A large constant
-direction, as trained models have, keeps it there.
+reads, so they act on it through the norm's scale alone; a large constant direction, as trained models have, keeps that
+small: in `SUITE` no false node has a tenth of the effect of the weakest true one (that is not redundant).
 
 The truth. `edges` are those through which something flows that differs between clean and corrupted and that reaches the
 answer; `nodes` are their ends. `scaffold` are edges that the circuit needs and that carry the same in both prompts
