@@ -177,7 +177,7 @@ def force(
     batch: Batch,
     store: ActivationStore,
     heads: Sequence[str],
-    keys: Sequence[Bool[Tensor, " pos"]],
+    keys: Sequence[Bool[Tensor, "_"]],
     strength: float,
 ) -> Outcome:
     """The task with so much of these heads' attention at the last position moved to the keys of each prompt, evenly."""

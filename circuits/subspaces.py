@@ -102,7 +102,7 @@ def attention_classes(model: LanguageModel, batch: Batch, store: ActivationStore
     )
 
 
-def keys_by_class(model: LanguageModel, batch: Batch) -> list[dict[str, Bool[Tensor, " pos"]]]:
+def keys_by_class(model: LanguageModel, batch: Batch) -> list[dict[str, Bool[Tensor, "_"]]]:
     """For each prompt, which positions are of which class as seen from the last; each is of exactly one."""
     tokens_of = [model.token_ids(answer) for answer in _vocabulary(batch.task)]
     single = torch.tensor([ids[0] for ids in tokens_of if len(ids) == 1], dtype=torch.long)
@@ -411,44 +411,47 @@ def _project(space: Subspace, port: str, rank: int, where: Tensor, x: Tensor) ->
 # ---- mutations ----
 
 
-def mutated(task: Task, kind: str) -> Task:
-    """The task with the candidate answers in its prompts replaced, each everywhere by the same other one.
+def mutated(task: Task, kind: str, model: LanguageModel) -> Task:
+    """The task with the candidate answers in its prompts replaced, each everywhere by the same other one, which is one
+    token to the model.
 
     others   by other candidates of the task (or each other), at random: the task itself, seen afresh
     words    by unrelated nouns
     letters  by capital letters, in no order
     numbers  by numbers below 100
 
-    Raises UserError for a task whose answers are parts of words, as the digits of a year.
+    Raises UserError for a task whose answers are parts of words, as the digits of a year; its draws, for a model that
+    has too few such tokens.
     """
-    words = [answer.strip() for answer in _vocabulary(task) if answer.startswith(" ")]
+    words = [answer[1:] for answer in _vocabulary(task) if re.fullmatch(r" \w+", answer)]
     if not words:
         raise UserError(f"the answers of {task.name} are no words of their own, so none can be replaced.")
     pools = {
         "others": words,
         "words": WORDS,
-        "letters": tuple("BCDEFGHJKLMNOPRSTUVWXYZ"),  # not the words A and I, nor the Q of a question
-        "numbers": tuple(map(str, range(1, 100))),
+        "letters": "BCDEFGHJKLMNOPRSTUVWXYZ",  # not the words A and I, nor the Q of a question
+        "numbers": map(str, range(1, 100)),
     }
-    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b")
+    fits = [word for word in pools[kind] if len(model.token_ids(f" {word}")) == 1]
 
     def draw(rng: random.Random) -> Prompt:
         prompt = task.draw(rng)
         answers = [answer.strip() for answer in (*prompt.answers, *prompt.wrong)]
-        found = sorted({*pattern.findall(prompt.clean), *pattern.findall(prompt.corrupted), *answers})
-        pool = [word for word in pools[kind] if kind == "others" or word not in found]
+        present = set(re.findall(r"\w+", f"{prompt.clean} {prompt.corrupted}"))
+        found = sorted(present & {*words, *answers})
+        pool = [word for word in fits if kind == "others" or word not in present]
         if len(pool) < len(found):
-            raise UserError(f"{len(found)} candidates of {task.name} cannot be replaced by {len(pool)} {kind}.")
+            raise UserError(
+                f"{len(found)} candidates of {task.name} cannot be replaced by {len(pool)} {kind} of one token."
+            )
         return _renamed(prompt, dict(zip(found, rng.sample(pool, len(found)), strict=True)))
 
     return replace(task, name=f"{task.name}, {kind}", draw=draw)
 
 
 def _renamed(prompt: Prompt, names: Mapping[str, str]) -> Prompt:
-    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\b")
-
     def change(text: str) -> str:
-        return pattern.sub(lambda match: names[match[0]], text)
+        return re.sub(r"\w+", lambda match: names.get(match[0], match[0]), text)
 
     answers, wrong = (tuple(map(change, texts)) for texts in (prompt.answers, prompt.wrong))
     return Prompt(change(prompt.clean), change(prompt.corrupted), answers, wrong)
@@ -462,7 +465,7 @@ def _mutations(model: LanguageModel, batch: Batch, kinds: str) -> tuple[dict[str
         if kind not in MUTATIONS:
             raise unknown("mutation", kind, MUTATIONS)
         try:
-            tried[kind] = sample(mutated(batch.task, kind), model, len(batch), seed=0)
+            tried[kind] = sample(mutated(batch.task, kind, model), model, len(batch), seed=0)
         except UserError as reason:
             skipped[kind] = str(reason)
     return tried, skipped

@@ -221,9 +221,12 @@ def test_what_cannot_be_is_a_sentence(
 
 @pytest.mark.parametrize("kind", ["others", "words", "letters", "numbers"])
 @pytest.mark.parametrize("name", ["ioi", "colored_objects", "docstring"])
-def test_a_mutation_renames_candidates_and_nothing_else(kind: str, name: str) -> None:
+def test_a_mutation_renames_candidates_and_nothing_else(
+    kind: str, name: str, tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny, "token_ids", lambda _: [0])  # as if every word were one token
     task, rng = registry.get_task(name), random.Random(5)
-    prompt = mutated(task, kind).draw(rng)
+    prompt = mutated(task, kind, tiny).draw(rng)
     before = task.draw(random.Random(5))
     texts = [(before.clean, prompt.clean), (before.corrupted, prompt.corrupted)]
     texts += list(zip(before.answers + before.wrong, prompt.answers + prompt.wrong, strict=True))
@@ -241,9 +244,12 @@ def test_a_mutation_renames_candidates_and_nothing_else(kind: str, name: str) ->
         assert all(re.fullmatch("[A-Z]", word) for word in changed.values())
 
 
-def test_a_mutation_that_fits_no_prompt_is_a_sentence() -> None:
+def test_a_mutation_that_fits_no_prompt_is_a_sentence(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="the answers of greater_than are no words"):
-        mutated(registry.get_task("greater_than"), "letters")
+        mutated(registry.get_task("greater_than"), "letters", tiny)
+    monkeypatch.setattr(tiny, "token_ids", lambda _: [0, 0])
+    with pytest.raises(UserError, match=r"candidates of ioi cannot be replaced by 0 letters of one token"):
+        mutated(registry.get_task("ioi"), "letters", tiny).draw(random.Random(0))
 
 
 # ---- a real model ----
