@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from circuits.mutations import mutated
 from circuits.subspaces import (
     CLASSES,
     Subspace,
@@ -18,7 +19,6 @@ from circuits.subspaces import (
     attention_classes,
     direct_total,
     keys_by_class,
-    mutated,
     qk_subspace,
 )
 from tests.conftest import CONFIGS
