@@ -98,6 +98,7 @@ def intervention_figure(result: AttentionIntervention) -> go.Figure:
         ("before", [result.before], LINES[2]),
         ("these heads", [result.after], LINES[0]),
         ("random heads", result.controls, LINES[1]),
+        ("onto the answer", [result.mirrored], LINES[4]),
     ]
     for name, outcomes, colour in shown:
         trace = go.Scatter(
@@ -111,7 +112,7 @@ def intervention_figure(result: AttentionIntervention) -> go.Figure:
         )
         fig.add_trace(trace, row=1, col=2)
     fig.update_yaxes(title_text="accuracy", range=[-0.03, 1.03], tickformat=".0%", row=1, col=2)
-    fig.update_xaxes(range=[-0.6, 2.6], row=1, col=2)
+    fig.update_xaxes(range=[-0.6, 3.6], row=1, col=2)
     return canvas.finish(fig, 300)
 
 

@@ -231,7 +231,8 @@ class SubspaceResult:
         return {
             "heads": names,
             "metric_by_rank": {
-                batch: dict(zip(map(str, self.ranks), (round(x, 4) for x in row), strict=True)) | {"full": full}
+                batch: dict(zip(map(str, self.ranks), (round(x, 4) for x in row), strict=True))
+                | {"full": round(full, 4)}
                 for batch, row, full in rows
             },
             "explained_by_3": {s.head: round(float(s.explained[:3][-1]), 4) for s in self.subspaces},

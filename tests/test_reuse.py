@@ -231,6 +231,7 @@ def test_at_strength_0_nothing_changes(tiny: LanguageModel, store: ActivationSto
     batch = draw(tiny, "colored_objects")
     found = attention_intervention(tiny, batch, store, heads="a1.h2, a2.h0", strength=0.0, controls=2)
     torch.testing.assert_close(found.after.metric, found.before.metric, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.mirrored.metric, found.before.metric, rtol=1e-4, atol=1e-5)
     assert found.after.mistakes(found.before) == 0 and found.p == 1
     wrong = [some["candidate"] for some in keys_by_class(tiny, batch)]
     nearly = force(tiny, batch, store, ["a1.h2"], wrong, 1e-6)
@@ -243,6 +244,8 @@ def test_the_heads_are_those_behind_the_other_tasks_movers(tiny: LanguageModel, 
     other = draw(tiny, "induction")
     assert tuple(found.heads) == behind_the_queries(tiny, other, store, 2)
     assert len(found.controls) == 3 and found.forced == len(batch)
+    right = [some["answer"] for some in keys_by_class(tiny, batch)]
+    assert torch.equal(found.mirrored.metric, force(tiny, batch, store, found.heads, right, 1.0).metric)
     assert found.p in [(1 + k) / 4 for k in range(4)]
     assert found.summary()["new_mistakes"] == found.after.mistakes(found.before)
 
