@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 
 from workbench.errors import UserError
 from workbench.models import LanguageModel
@@ -20,11 +21,12 @@ MUTATIONS = ("others", "words", "letters", "numbers")
 DRAWN = 300  # prompts that tell which answers there are
 
 
-def vocabulary(task: Task) -> list[str]:
+@lru_cache(maxsize=32)
+def vocabulary(task: Task) -> tuple[str, ...]:
     """The answers, right and wrong, of many prompts of a task."""
     rng = random.Random(0)
     prompts = [task.draw(rng) for _ in range(DRAWN)]
-    return sorted({answer for prompt in prompts for answer in (*prompt.answers, *prompt.wrong)})
+    return tuple(sorted({answer for prompt in prompts for answer in (*prompt.answers, *prompt.wrong)}))
 
 
 def mutated(task: Task, kind: str, model: LanguageModel) -> Task:

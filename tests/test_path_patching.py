@@ -79,8 +79,10 @@ def two_passes(
     return logits[:, -1]
 
 
-@pytest.mark.parametrize("kind", list(CONFIGS))
-@pytest.mark.parametrize(("receiver", "position", "freeze"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "receiver", "position", "freeze"),
+    [(kind, *case) for i, kind in enumerate(CONFIGS) for j, case in enumerate(CASES) if i < 5 or j in (i % 5, 2)],
+)
 def test_equals_two_full_passes_per_sender(
     kind: str, receiver: str, position: str, freeze: bool, make_tiny: Make, store: ActivationStore
 ) -> None:
