@@ -38,11 +38,13 @@ def overlap_figure(result: Overlap) -> go.Figure:
         having = [circuit for circuit, has in zip(result.names, member[:, i].tolist(), strict=True) if has]
         hover[places[i]][layers[i]] = escape(f"{name}: {', '.join(having) or 'none'}")
     height = max(160, min(420, len(grid) * min(26, max(12, 360 // len(grid)))))
-    fig = make_subplots(rows=1, cols=2, column_widths=[0.66, 0.34], horizontal_spacing=0.16)
-    colours = canvas.share("share of circuits") | {"colorbar": canvas.colorbar("share of circuits") | {"x": 0.57}}
+    titles = ["dark: in every circuit; pale: in some", "shared / union"]
+    fig = make_subplots(rows=1, cols=2, column_widths=[0.66, 0.34], horizontal_spacing=0.2, subplot_titles=titles)
+    fig.update_annotations(font_size=13, yshift=4)
+    colours = {"colorscale": canvas.SEQUENTIAL, "zmin": 0, "zmax": 1, "showscale": False}
     fig.add_trace(canvas.heatmap(grid, hover, name="heads", **colours), row=1, col=1)
     ratios = {"found": result.ratio} | {name: null.mean for name, null in result.nulls.items()} | result.halves
-    spread = dict.fromkeys(ratios, (0.0, 0.0))
+    spread: dict[str, tuple[float | None, float | None]] = dict.fromkeys(ratios, (None, None))
     if result.interval:
         spread["found"] = (max(0.0, result.interval[1] - result.ratio), max(0.0, result.ratio - result.interval[0]))
     for name, null in result.nulls.items():
@@ -50,12 +52,12 @@ def overlap_figure(result: Overlap) -> go.Figure:
     fig.add_trace(_bars(ratios, spread), row=1, col=2)
     fig.update_xaxes(title_text="layer", dtick=canvas.step(grid.shape[1], 20), tick0=0, row=1, col=1)
     fig.update_yaxes(title_text="head", autorange="reversed", dtick=canvas.step(len(grid), 16), tick0=0, row=1, col=1)
-    fig.update_xaxes(title_text="shared / union", range=[0, 1.03], row=1, col=2)
-    fig.update_yaxes(autorange="reversed", automargin=True, row=1, col=2)
-    return canvas.finish(fig, height)
+    fig.update_xaxes(range=[0, 1.03], row=1, col=2)
+    fig.update_yaxes(autorange="reversed", row=1, col=2)
+    return canvas.finish(fig, height, top=34)
 
 
-def _bars(values: dict[str, float], spread: dict[str, tuple[float, float]]) -> go.Bar:
+def _bars(values: dict[str, float], spread: dict[str, tuple[float | None, float | None]]) -> go.Bar:
     up, down = ([spread[name][side] for name in values] for side in range(2))
     hover = [f"{escape(name)}: {canvas.number(value, 3, signed=False)}" for name, value in values.items()]
     return go.Bar(
@@ -90,14 +92,15 @@ def intervention_figure(result: AttentionIntervention) -> go.Figure:
     fig = make_subplots(rows=1, cols=2, column_widths=[0.6, 0.4], horizontal_spacing=0.12)
     hover = [f"prompt {i}: {b:.3f} → {a:.3f}" for i, (b, a) in enumerate(zip(before, after, strict=True))]
     fig.add_trace(_points(before, after, hover, "prompts"), row=1, col=1)
-    fig.add_trace(_line_of_no_change(before, after), row=1, col=1)
+    fig.add_trace(_line_of_no_change(before), row=1, col=1)
     unit = escape(result.unit)
     fig.update_xaxes(title_text=f"{unit} before", **ZERO, row=1, col=1)
     fig.update_yaxes(title_text=f"{unit} after", **ZERO, row=1, col=1)
     shown: list[tuple[str, Sequence[Outcome], str]] = [
         ("before", [result.before], LINES[2]),
-        ("these heads", [result.after], LINES[0]),
-        ("random heads", result.controls, LINES[1]),
+        ("these<br>heads", [result.after], LINES[0]),
+        ("random<br>heads", result.controls, LINES[1]),
+        ("onto the<br>answer", [result.mirrored], LINES[4]),
     ]
     for name, outcomes, colour in shown:
         trace = go.Scatter(
@@ -111,7 +114,7 @@ def intervention_figure(result: AttentionIntervention) -> go.Figure:
         )
         fig.add_trace(trace, row=1, col=2)
     fig.update_yaxes(title_text="accuracy", range=[-0.03, 1.03], tickformat=".0%", row=1, col=2)
-    fig.update_xaxes(range=[-0.6, 2.6], row=1, col=2)
+    fig.update_xaxes(range=[-0.6, 3.6], tickangle=0, row=1, col=2)
     return canvas.finish(fig, 300)
 
 
@@ -151,7 +154,7 @@ def direct_total_figure(result: DirectTotal) -> go.Figure:
     rows = zip(names, direct.tolist(), total.tolist(), strict=True)
     hover = [f"{name}: direct {canvas.number(d, 3)}, total {canvas.number(t, 3)}" for name, d, t in rows]
     points = _points(direct, total, hover, "nodes", [name if i in far else "" for i, name in enumerate(names)])
-    fig = go.Figure([points, _line_of_no_change(direct, total)])
+    fig = go.Figure([points, _line_of_no_change(direct)])
     unit = escape(result.total.unit)
     fig.update_xaxes(title_text=f"direct effect on {unit}", **ZERO)
     fig.update_yaxes(title_text=f"total effect on {unit}", **ZERO)
@@ -196,6 +199,9 @@ def subspace_figure(result: SubspaceResult) -> go.Figure:
         trace = _points(some[:, 0], some[:, 1], hover, label)
         trace.marker.color = LINES[i % len(LINES)]
         fig.add_trace(trace, row=1, col=2)
+        middle = some[:, :2].median(0).values.tolist()
+        place = {"x": middle[0], "y": middle[1], "yshift": 12 * (1 if i % 2 else -1), "row": 1, "col": 2}
+        fig.add_annotation(text=escape(label), showarrow=False, font=canvas.WRITTEN, **place)
     fig.update_xaxes(title_text=f"{result.subspaces[0].head}, direction 1", **ZERO, row=1, col=2)
     fig.update_yaxes(title_text="direction 2", **ZERO, row=1, col=2)
     fig.update_layout(legend={"orientation": "h", "y": -0.2})
@@ -225,8 +231,7 @@ def _points(x: Tensor, y: Tensor, hover: list[str], name: str, text: list[str] |
     )
 
 
-def _line_of_no_change(x: Tensor, y: Tensor) -> go.Scatter:
-    both = torch.cat([x, y])
-    ends = [float(both.min()), float(both.max())]
+def _line_of_no_change(x: Tensor) -> go.Scatter:
+    ends = [float(x.min()), float(x.max())]
     faint = {"color": canvas.FAINT, "width": 1, "dash": "dot"}
     return go.Scatter(x=ends, y=ends, mode="lines", line=faint, hoverinfo="skip", showlegend=False, name="no change")

@@ -325,7 +325,7 @@ class _Paths:
         """Clean values (or what is computed), but these heads of these copies (None: everything) corrupted."""
 
         def fn(x: Tensor) -> Tensor:
-            copies = x.unflatten(0, (-1, len(self.tokens))).clone()
+            copies: Tensor = x.unflatten(0, (-1, len(self.tokens))).clone()
             if not recompute:
                 copies[:] = self.clean[hook][:, self.begin :].to(x)
             source = self.corrupted[hook][:, self.begin :].to(x)

@@ -90,13 +90,13 @@ class Overlap:
             "shared": self.shared,
             "union": self.union,
             "ratio": round(self.ratio, 4),
-            "ratio_95": self.interval,
+            "ratio_95": None if self.interval is None else [round(end, 4) for end in self.interval],
             "by_chance": {
                 name: {"ratio": round(null.mean, 4), "shared": round(null.expected, 3), "p": null.p}
                 for name, null in self.nulls.items()
             },
             "halves": {name: round(value, 4) for name, value in self.halves.items()},
-            "rank_agreement": self.agreement,
+            "rank_agreement": None if self.agreement is None else round(self.agreement, 4),
             "shared_heads": [self.heads[i] for i in everywhere.nonzero()[:, 0].tolist()],
             "circuits": {name: self.circuit(i) for i, name in enumerate(self.names)},
             "definition": self.definition,

@@ -14,10 +14,8 @@ Objects. Where a prompt works an example first (`Q: ... A: ...`), those of its l
 
 from __future__ import annotations
 
-import random
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -25,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.mutations import MUTATIONS, mutated, vocabulary
 from circuits.patching import patching
 from circuits.path_patching import head_of, layer_of, path_patching, read_heads
 from workbench import scores, sites
@@ -32,15 +31,12 @@ from workbench.activations import ActivationStore
 from workbench.errors import UserError, unknown
 from workbench.lenses import key_classes
 from workbench.models import LanguageModel, Resume
-from workbench.prompts import Batch, Prompt, Task, sample
+from workbench.prompts import Batch, Prompt, sample
 from workbench.registry import analysis
 from workbench.scores import NodeScores
 from workbench.sites import Site
-from workbench.tasks.induction import WORDS
 
 CLASSES = ("answer", "candidate", "first", "previous", "duplicate", "itself", "rest")
-MUTATIONS = ("others", "words", "letters", "numbers")
-DRAWN = 300  # prompts that tell which answers there are
 
 # ---- where a head looks ----
 
@@ -102,9 +98,9 @@ def attention_classes(model: LanguageModel, batch: Batch, store: ActivationStore
     )
 
 
-def keys_by_class(model: LanguageModel, batch: Batch) -> list[dict[str, Bool[Tensor, " pos"]]]:
+def keys_by_class(model: LanguageModel, batch: Batch) -> list[dict[str, Bool[Tensor, "_"]]]:
     """For each prompt, which positions are of which class as seen from the last; each is of exactly one."""
-    tokens_of = [model.token_ids(answer) for answer in _vocabulary(batch.task)]
+    tokens_of = [model.token_ids(answer) for answer in vocabulary(batch.task)]
     single = torch.tensor([ids[0] for ids in tokens_of if len(ids) == 1], dtype=torch.long)
     candidates = torch.cat([single, *batch.answers, *batch.wrong]).unique()
     out = []
@@ -133,13 +129,6 @@ def _question(model: LanguageModel, prompt: Prompt, tokens: Tensor) -> int:
     cut = prompt.clean.rfind("\nQ:")
     before = model.tokenize(prompt.clean[:cut]) if cut > 0 else tokens[:0]
     return len(before)
-
-
-def _vocabulary(task: Task) -> list[str]:
-    """The answers, right and wrong, of many prompts of a task."""
-    rng = random.Random(0)
-    prompts = [task.draw(rng) for _ in range(DRAWN)]
-    return sorted({answer for prompt in prompts for answer in (*prompt.answers, *prompt.wrong)})
 
 
 # ---- how it acts ----
@@ -242,7 +231,8 @@ class SubspaceResult:
         return {
             "heads": names,
             "metric_by_rank": {
-                batch: dict(zip(map(str, self.ranks), (round(x, 4) for x in row), strict=True)) | {"full": full}
+                batch: dict(zip(map(str, self.ranks), (round(x, 4) for x in row), strict=True))
+                | {"full": round(full, 4)}
                 for batch, row, full in rows
             },
             "explained_by_3": {s.head: round(float(s.explained[:3][-1]), 4) for s in self.subspaces},
@@ -408,52 +398,6 @@ def _project(space: Subspace, port: str, rank: int, where: Tensor, x: Tensor) ->
     return torch.where(where[..., None], space.project(x, port, rank), x)
 
 
-# ---- mutations ----
-
-
-def mutated(task: Task, kind: str) -> Task:
-    """The task with the candidate answers in its prompts replaced, each everywhere by the same other one.
-
-    others   by other candidates of the task (or each other), at random: the task itself, seen afresh
-    words    by unrelated nouns
-    letters  by capital letters, in no order
-    numbers  by numbers below 100
-
-    Raises UserError for a task whose answers are parts of words, as the digits of a year.
-    """
-    words = [answer.strip() for answer in _vocabulary(task) if answer.startswith(" ")]
-    if not words:
-        raise UserError(f"the answers of {task.name} are no words of their own, so none can be replaced.")
-    pools = {
-        "others": words,
-        "words": WORDS,
-        "letters": tuple("BCDEFGHJKLMNOPRSTUVWXYZ"),  # not the words A and I, nor the Q of a question
-        "numbers": tuple(map(str, range(1, 100))),
-    }
-    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b")
-
-    def draw(rng: random.Random) -> Prompt:
-        prompt = task.draw(rng)
-        answers = [answer.strip() for answer in (*prompt.answers, *prompt.wrong)]
-        found = sorted({*pattern.findall(prompt.clean), *pattern.findall(prompt.corrupted), *answers})
-        pool = [word for word in pools[kind] if kind == "others" or word not in found]
-        if len(pool) < len(found):
-            raise UserError(f"{len(found)} candidates of {task.name} cannot be replaced by {len(pool)} {kind}.")
-        return _renamed(prompt, dict(zip(found, rng.sample(pool, len(found)), strict=True)))
-
-    return replace(task, name=f"{task.name}, {kind}", draw=draw)
-
-
-def _renamed(prompt: Prompt, names: Mapping[str, str]) -> Prompt:
-    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\b")
-
-    def change(text: str) -> str:
-        return pattern.sub(lambda match: names[match[0]], text)
-
-    answers, wrong = (tuple(map(change, texts)) for texts in (prompt.answers, prompt.wrong))
-    return Prompt(change(prompt.clean), change(prompt.corrupted), answers, wrong)
-
-
 def _mutations(model: LanguageModel, batch: Batch, kinds: str) -> tuple[dict[str, Batch], dict[str, str]]:
     """The batch, and as many prompts of each mutation; and which mutations failed, with the reason."""
     tried, skipped = {"task": batch}, {}
@@ -462,7 +406,7 @@ def _mutations(model: LanguageModel, batch: Batch, kinds: str) -> tuple[dict[str
         if kind not in MUTATIONS:
             raise unknown("mutation", kind, MUTATIONS)
         try:
-            tried[kind] = sample(mutated(batch.task, kind), model, len(batch), seed=0)
+            tried[kind] = sample(mutated(batch.task, kind, model), model, len(batch), seed=0)
         except UserError as reason:
             skipped[kind] = str(reason)
     return tried, skipped

@@ -79,8 +79,10 @@ def two_passes(
     return logits[:, -1]
 
 
-@pytest.mark.parametrize("kind", list(CONFIGS))
-@pytest.mark.parametrize(("receiver", "position", "freeze"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "receiver", "position", "freeze"),
+    [(kind, *case) for i, kind in enumerate(CONFIGS) for j, case in enumerate(CASES) if i < 5 or j in (i % 5, 2)],
+)
 def test_equals_two_full_passes_per_sender(
     kind: str, receiver: str, position: str, freeze: bool, make_tiny: Make, store: ActivationStore
 ) -> None:
@@ -92,7 +94,7 @@ def test_equals_two_full_passes_per_sender(
     logits = model.run(clean[None], logits="last").logits
     assert logits is not None and found.per_prompt is not None
     before = batch.score(logits[:, -1])
-    for k, node in enumerate(found.nodes):
+    for k, node in list(enumerate(found.nodes))[CASES.index((receiver, position, freeze)) % 3 :: 3]:
         after = batch.score(two_passes(model, clean, *values, [node], receiver.split(","), position, freeze))
         assert float(found.per_prompt[k]) == pytest.approx(float(before - after), abs=2e-5), node
     torch.testing.assert_close(found.per_prompt.mean(1), found.scores)
@@ -172,7 +174,7 @@ def test_senders_are_the_sources_of_the_graphs_edges(kind: str, make_tiny: Make)
 def test_batching_changes_nothing(
     receiver: str, tiny: LanguageModel, store: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = draw(tiny, n=5)
+    batch = draw(tiny, n=3)
     together = path_patching(tiny, batch, store, receiver=receiver)
     monkeypatch.setattr("circuits.path_patching.TOKENS_PER_PASS", 1)
     monkeypatch.setattr("circuits.path_patching.PROMPTS_AT_ONCE", 1)
