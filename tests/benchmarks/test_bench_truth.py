@@ -28,7 +28,7 @@ from circuits import masks
 from circuits.acdc import acdc_scores
 from circuits.attribution import attribution_patching, eap, eap_ig
 from circuits.edge_patching import edge_patching
-from circuits.graph import EdgeScores
+from circuits.graph import EdgeScores, Graph
 from circuits.ig_activations import eap_ig_activations
 from circuits.patching import patching
 from circuits.planted import SUITE, plant
@@ -43,9 +43,9 @@ from workbench.plots import node_scores
 from workbench.prompts import Batch
 from workbench.scores import NodeScores
 
-N = 24
-MOST_EDGES = 6000  # exact patching of every edge, and ACDC, are left to smaller graphs
-NULL_MODELS, SWAPS = 5, 8
+N = 16
+MOST_EDGES = 3000  # exact patching of every edge, and ACDC, are left to smaller graphs
+NULL_MODELS, SWAPS = 4, 8
 Method = Callable[[LanguageModel, Batch, ActivationStore], object]
 
 
@@ -72,10 +72,14 @@ METHODS: dict[str, Method] = {
     "sae-codes, paper": lambda *a: sae_codes(*a, mode="paper", trials=3),
     "sae-codes, fixed": lambda *a: sae_codes(*a, trials=3),
     "sae-codes, untrained": lambda *a: sae_codes(*a, trials=3, steps=0),
+    "sae-codes, k-means": lambda *a: sae_codes(*a, trials=3, encoder="kmeans"),
+    "sae-codes, probe": lambda *a: sae_codes(*a, trials=3, encoder="probe"),
+    "sae-codes, information": lambda *a: sae_codes(*a, trials=3, statistic="information"),
+    "probe codes, information": lambda *a: sae_codes(*a, trials=3, encoder="probe", statistic="information"),
     "mean difference": mean_difference,
 }
 SLOW: dict[str, Method] = {
-    "acdc": lambda m, b, s: acdc_scores(m, b.select(range(8)), s, [10**-k for k in range(1, 6)]),
+    "acdc": lambda m, b, s: acdc_scores(m, b.select(range(4)), s, [1e-1, 1e-2, 1e-3, 1e-4]),
     "edge-pruning": lambda *a: masks.edge_pruning(*a, keep=0.05),
 }
 
@@ -141,9 +145,9 @@ def test_planted_circuits(tmp_path: Path) -> None:
             continue
         planted = plant(**options)
         batch, store = planted.batch(N, seed=0), ActivationStore(tmp_path / str(number))
-        small = len(planted.model.config.__dict__) and _edges(planted.model) <= MOST_EDGES
+        small = len(Graph.of(planted.model.config)) <= MOST_EDGES
         row: dict[str, Any] = {"model": name, "options": options, "methods": {}, "null": {}}
-        for method, run in (METHODS | (SLOW if small and number % 6 == 0 else {})).items():
+        for method, run in (METHODS | (SLOW if small and number % 12 == 0 else {})).items():
             if method == "edge-patching" and not small:
                 continue
             started = time.perf_counter()
@@ -151,7 +155,7 @@ def test_planted_circuits(tmp_path: Path) -> None:
             row["methods"][method] = judged(found, planted.nodes, planted.edges, planted.scaffold) | {
                 "seconds": round(time.perf_counter() - started, 2)
             }
-            if number < NULL_MODELS and method not in SLOW:
+            if number < NULL_MODELS and method not in (*SLOW, "edge-patching", "node-pruning"):
                 row["null"][method] = null(run, planted.model, batch, store, planted.nodes)
         done[name] = row
         if not harness.QUICK:
@@ -160,12 +164,6 @@ def test_planted_circuits(tmp_path: Path) -> None:
     harness.record("truth-planted", {"prompts": N, "swaps": SWAPS, "summary": summary(list(done.values())),
                                      "models": list(done.values())})  # fmt: skip
     kept.unlink(missing_ok=True)
-
-
-def _edges(model: LanguageModel) -> int:
-    from circuits.graph import Graph
-
-    return len(Graph.of(model.config))
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
