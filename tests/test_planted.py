@@ -211,7 +211,7 @@ def test_voters_hide_one_another_and_matter_together(store: ActivationStore) -> 
 
 
 def test_gradients_mislead_where_attention_is_saturated(store: ActivationStore) -> None:
-    """First-order attribution of a node that acts through a saturated key all but vanishes; its exact effect does not."""
+    """What first order says of a node that acts through a saturated key all but vanishes; its exact effect does not."""
     planted = plant(11, circuit="induction", saturated=True)
     batch, model = planted.batch(16), planted.model
     (previous,) = [name for name, role in planted.roles.items() if role == "previous token"]
