@@ -9,7 +9,8 @@ with multipliers l1, l2 that rise while the share is above its target t, which f
 of the steps. Gates are hard-concrete (Louizos et al. 2018, eq. 10-11: sampled, exactly 0 or 1 with some probability) or
 straight-through (a step function forwards, a sigmoid's gradient backwards, no sampling).
 
-A score is the gate's logit at the end: positive means open. It ranks; its size has no unit.
+A score is the probability at the end that a gate is open, so that absolute and signed ranking agree. It ranks; it is no
+effect on the metric.
 """
 
 from __future__ import annotations
@@ -69,7 +70,11 @@ def node_pruning(
     nodes = [name for layer in layers for name in (*(scores.head(layer, h) for h in heads), scores.mlp(layer))]
     logit, headline = _train(runs, len(nodes), keep, steps, lr, gates, mask_seed)
     return NodeScores(
-        tuple(nodes), logit, _definition("node", batch, keep, gates, ablation), "logit", headline=headline
+        tuple(nodes),
+        open_share(logit, gates),
+        _definition("node", batch, keep, gates, ablation),
+        "probability",
+        headline=headline,
     )
 
 
@@ -103,13 +108,14 @@ def edge_pruning(
     parts = [part for bucket in batch.buckets() for part in bucket.split(PROMPTS_AT_ONCE)]
     runs = [partial(gated, Wiring(model, store, batch.select(part.tolist()), ablation)) for part in parts]
     logit, headline = _train(runs, len(graph), keep, steps, lr, gates, mask_seed)
-    return EdgeScores(graph, logit, _definition("edge", batch, keep, gates, ablation), "logit", headline=headline)
+    score = open_share(logit, gates)
+    return EdgeScores(graph, score, _definition("edge", batch, keep, gates, ablation), "probability", headline=headline)
 
 
 def _definition(what: str, batch: Batch, keep: float, gates: Gates, ablation: Ablation) -> str:
     return (
-        f"logit of a learned {gates} gate on the {what}, trained to keep the prediction (KL) with {keep:.1%} of gates "
-        f"open; ablation {ablation}, {len(batch)} prompts; positive: kept"
+        f"probability that a learned {gates} gate on the {what} is open, trained to keep the prediction (KL) with "
+        f"{keep:.1%} of gates open; ablation {ablation}, {len(batch)} prompts"
     )
 
 
