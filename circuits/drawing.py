@@ -122,6 +122,9 @@ def _graph(circuit: Circuit, unit: str) -> go.Figure:
         line = {"color": PORT_COLOURS.get(port, OTHER).format(1), "width": 2}
         fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name=words))
     rows = max(y for _, y in places.values())
+    left = min(x for x, _ in places.values()) - 0.7
+    for y, layer in {places[name][1]: _layer(name) for name in circuit.nodes if name.startswith("a")}.items():
+        fig.add_annotation(x=left, y=y, text=f"layer {layer}", showarrow=False, xanchor="right", font_size=10)
     fig.update_xaxes(visible=False).update_yaxes(visible=False)
     fig.update_layout(legend={"orientation": "h", "y": -0.02, "yanchor": "top"})
     return canvas.finish(fig, max(260, min(900, 44 * (rows + 1))), bottom=40, left=12)
@@ -151,7 +154,7 @@ def curve_figure(result: Curve) -> go.Figure:
         )
     )  # fmt: skip
     fig.add_hline(y=1, line={"color": canvas.FAINT, "dash": "dot"})
-    fig.update_xaxes(type="log", title_text=f"{escape(result.level)} in the circuit")
+    fig.update_xaxes(type="log", dtick=1, title_text=f"{escape(result.level)} in the circuit")
     fig.update_yaxes(title_text="faithfulness", zeroline=True, zerolinecolor=canvas.FAINT)
     fig.add_annotation(
         text=f"CMD {canvas.number(result.cmd, 3, signed=False)} · CPR {canvas.number(result.cpr, 3, signed=False)}",
