@@ -118,9 +118,10 @@ def _cut(
 
     now = loss(keep)
     # From the logits down; the edges of one destination from the last source to the first.
-    order = sorted(range(len(graph)), key=lambda i: (graph.edges[i, 1], graph.edges[i, 0]), reverse=True)
+    ends = graph.edges.tolist()
+    order = sorted(range(len(graph)), key=lambda i: (ends[i][1], ends[i][0]), reverse=True)
     for edge in tqdm(order, desc="acdc", disable=None, leave=False):
-        source, destination = graph.edges[edge].tolist()
+        source, destination = ends[edge]
         keep[0, source, destination] = 0
         after = loss(keep)
         if after - now < threshold:

@@ -28,9 +28,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from circuits.graph import PORTS, EdgeScores, Graph
+from circuits.graph import PORTS, EdgeScores, Graph, nodes_of
 from circuits.writes import Ablation, Writes
-from workbench import norms, scores, sites
+from workbench import norms, sites
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import Edit, LanguageModel, Resume
@@ -62,10 +62,8 @@ def attribution_patching(
     per_prompt = torch.zeros(model.config.n_layers * (model.config.n_heads + 1), len(batch))
     for at, run in _runs(model, batch, store, steps, rule, ablation, "attribution-patching"):
         per_prompt[:, at] += run.node_scores().cpu()
-    layers, heads = range(model.config.n_layers), range(model.config.n_heads)
-    nodes = [[*(scores.head(layer, h) for h in heads), scores.mlp(layer)] for layer in layers]
     return NodeScores(
-        tuple(name for layer in nodes for name in layer),
+        nodes_of(model.config.n_layers, model.config.n_heads),
         per_prompt.mean(1),
         f"estimated {batch.task.metric}(clean) - {batch.task.metric}(node ablated: {ablation}): difference of outputs "
         f"times gradient, {_points(steps, rule)}, summed over positions, mean over prompts; positive: the node helps",
@@ -158,7 +156,7 @@ def _runs(
             together = min(steps, at_once)
             for part in bucket.split(max(1, at_once // together)):
                 some = batch.select(part.tolist())
-                writes = Writes(model, store, some.clean, some.corrupted, ablation)
+                writes = Writes(model, store, some, batch, ablation)
                 for start in range(0, steps, together):
                     now = points[start : start + together]
                     yield part, _Run(model, some, writes, now, 1 / steps, relevance)
@@ -194,11 +192,7 @@ class _Run:
             between = torch.tensor(self.points, device=first.device, dtype=first.dtype)[:, None, None, None]
             start = (base + between * (first - base)).flatten(0, 1)
         tokens = torch.stack(self.batch.clean).repeat(len(self.points), 1)
-
-        def metric(logits: Tensor) -> Tensor:
-            copies = logits.unflatten(0, (len(self.points), -1))
-            return torch.stack([self.batch.score(rows).sum() for rows in copies]).sum() * self.weight
-
+        metric = summed(self.batch, len(self.points), self.weight)
         return gradients(self.model, tokens, Resume(0, start), metric, hooks, relevance=self.relevance)
 
     def node_scores(self) -> Float[Tensor, "node batch"]:
@@ -218,6 +212,11 @@ class _Run:
         """Summed over prompts."""
         found = self._gradients(read_hooks(self.model))
         return products(self.model, graph, found, self.writes, len(self.points), exact_norm=not self.relevance)
+
+
+def summed(batch: Batch, n: int, weight: float) -> Callable[[Float[Tensor, "copy vocab"]], Tensor]:
+    """The metric, summed over prompts and over n copies of them, times a weight."""
+    return lambda logits: torch.stack([batch.score(rows).sum() for rows in logits.unflatten(0, (n, -1))]).sum() * weight
 
 
 def read_hooks(model: LanguageModel, layer: int = 0) -> list[str]:
@@ -250,7 +249,7 @@ def products(
         if sites.block(layer, "attn.hook_q") in found.grads
     }
 
-    def summed(hook: str, at: slice) -> Tensor:
+    def slope(hook: str, at: slice) -> Tensor:
         grads: Tensor = found.grads[hook].unflatten(0, (points, -1)).sum(0)
         return grads[:, at]
 
@@ -266,10 +265,10 @@ def products(
             n = max(0, min(before + (0 if c.parallel_attn_mlp else c.n_heads), stop) - first)
             hook = sites.block(layer, "hook_mlp_in")
             if n and hook in found.grads:
-                out[:n, column] += delta[:n] @ summed(hook, at).flatten()
+                out[:n, column] += delta[:n] @ slope(hook, at).flatten()
             column += 1
             before += c.n_heads + 1
-        out[:, column] += delta @ summed(model.hook_points[-1], at).flatten()
+        out[:, column] += delta @ slope(model.hook_points[-1], at).flatten()
     return out
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from circuits import evaluate
 from circuits.graph import EdgeScores
+from circuits.known import Known
 from circuits.known import get as known_circuit
 from circuits.recovery import recovery
 from circuits.writes import Ablation
@@ -32,6 +33,7 @@ from workbench.scores import NodeScores
 
 METHODS = "patching,attribution-patching,eap,eap-ig,node-pruning,sae-codes"
 EXACT = "patching"
+STORED = ("hook_resid_pre", "attn.hook_z", "attn.hook_rot_k", "attn.hook_k", "attn.hook_v", "hook_mlp_out")
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,11 @@ def compare(
         raise UserError("methods is empty; name analyses that score nodes or edges, separated by commas.")
     if len(batch) < 4:
         raise UserError(f"{len(batch)} prompts cannot be halved for finding and judging; ask for at least 4.")
-    known = None if truth == "none" else known_circuit(truth)
+    known = None if truth == "none" else _truth(truth, model, batch)
     find, judge = _halves(batch)
+    # Stored first, so that a method's cost does not depend on which methods ran before it.
+    stored = [hook for hook in model.hook_points if hook.endswith(STORED)]
+    store.fill(model, [*batch.clean, *batch.corrupted], [*stored, model.hook_points[-1]])
     table: dict[str, dict[str, float | None]] = {}
     by_head: list[NodeScores] = []
     for name in tqdm(names, desc="compare", disable=None, leave=False):
@@ -97,7 +102,7 @@ def compare(
         if edges and isinstance(found, EdgeScores):
             row |= _judge(model, judge, store, found, "edges", at_least, ablation)
         if known is not None:
-            against = recovery(heads, set(known.nodes) & set(heads.nodes), name=truth)
+            against = recovery(heads, known.heads, name=str(known))
             row |= {"auc": against.auc, "auc_low": against.auc_low, "auc_high": against.auc_high}
         table[name] = row | {"seconds": seconds, "passes": float(passes)}
     agreement = torch.tensor([[scores.rank_agreement(one, other) for other in by_head] for one in by_head])
@@ -109,11 +114,21 @@ def compare(
         torch.stack([heads.scores.float() for heads in by_head]),
         agreement,
         table,
-        f"found on {len(find)} prompts, judged on {len(judge)} others; smallest circuit of best-scored heads (with "
-        f"all MLPs) or edges with faithfulness {at_least:g} to {2 - at_least:g}, ablation {ablation}, ratio of means; "
-        "exact and agreement: Spearman correlation of absolute head scores; cost with whatever was stored already"
-        + ("" if known is None else f"; AUC of heads against {known.name} v{known.version}"),
+        f"found on {len(find)} prompts, judged on {len(judge)} others; smallest circuit of best-scored heads (with all "
+        f"MLPs) or edges with faithfulness {at_least:g} to {2 - at_least:g}, ablation {ablation}, ratio of means; "
+        "exact and agreement: Spearman correlation of absolute head scores; cost once both prompts' activations are "
+        "stored" + ("" if known is None else f"; AUC of heads against {known}"),
     )
+
+
+def _truth(name: str, model: LanguageModel, batch: Batch) -> Known:
+    """A published circuit, if it is of this model and task: heads of other models have the same names."""
+    found = known_circuit(name)
+    if (found.model, found.task) != (model.name, batch.task.name):
+        raise UserError(
+            f"truth={name!r} is a circuit of {found.model} on {found.task}, not of {model.name} on {batch.task.name}."
+        )
+    return found
 
 
 def _halves(batch: Batch) -> tuple[Batch, Batch]:
@@ -144,4 +159,4 @@ def _judge(
 ) -> dict[str, float | None]:
     size, reached = evaluate.smallest(model, batch, store, found, at_least=at_least, ablation=ablation)
     drawn = evaluate.curve(model, batch, store, found, ablation=ablation)
-    return {level: float(size), f"{level}_f": reached, f"{level}_cmd": drawn.cmd}
+    return {level: float(size), f"{level}_f": reached, f"{level}_cmd": drawn.area}

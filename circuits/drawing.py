@@ -157,7 +157,7 @@ def curve_figure(result: Curve) -> go.Figure:
     fig.update_xaxes(type="log", dtick=1, title_text=f"{escape(result.level)} in the circuit")
     fig.update_yaxes(title_text="faithfulness", zeroline=True, zerolinecolor=canvas.FAINT)
     fig.add_annotation(
-        text=f"CMD {canvas.number(result.cmd, 3, signed=False)} · CPR {canvas.number(result.cpr, 3, signed=False)}",
+        text=f"{result.measure.upper()} {canvas.number(result.area, 3, signed=False)}",
         x=1, y=0.02, xref="paper", yref="paper", xanchor="right", yanchor="bottom", showarrow=False,
     )  # fmt: skip
     return canvas.finish(fig, 280)

@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 from circuits.attribution import eap_ig
 from circuits.graph import LOGITS, PORTS, EdgeScores, Graph
-from circuits.wiring import stored_past
-from circuits.writes import Ablation, Writes
+from circuits.writes import Ablation, Writes, copies, stored_past
 from workbench import sites
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
@@ -73,11 +72,10 @@ def exact(
     """metric(clean) - metric(edge cut) for the chosen edges; 0 for the others."""
     graph = Graph.of(model.config)
     out = torch.zeros(len(batch), len(graph))
-    parts = [part for bucket in batch.buckets() for part in bucket.split(PROMPTS_AT_ONCE)]
+    parts = list(batch.parts(PROMPTS_AT_ONCE))
     with tqdm(total=len(parts) * int(chosen.sum()), desc="edge-patching", disable=None, leave=False) as bar:
-        for part in parts:
-            some = batch.select(part.tolist())
-            cuts = _Cuts(model, store, some, graph, ablation)
+        for part, some in parts:
+            cuts = _Cuts(model, store, some, batch, graph, ablation)
             before = some.score(cuts.unpatched())
             for wanted in cuts.passes(chosen):
                 logits = cuts.run(wanted)
@@ -90,10 +88,18 @@ def exact(
 class _Cuts:
     """Every run of some prompts of one length with one edge cut."""
 
-    def __init__(self, model: LanguageModel, store: ActivationStore, batch: Batch, graph: Graph, ablation: Ablation):
+    def __init__(
+        self,
+        model: LanguageModel,
+        store: ActivationStore,
+        batch: Batch,
+        whole: Batch,
+        graph: Graph,
+        ablation: Ablation,
+    ):
         self.model, self.graph = model, graph
         self.tokens = torch.stack(batch.clean)
-        writes = Writes(model, store, batch.clean, batch.corrupted, ablation)
+        writes = Writes(model, store, batch, whole, ablation)
         at = slice(writes.prefix, None)
         self.delta = writes.differences(at)  # [source, batch, pos, d_model]
         self.past = stored_past(model, store, batch.clean, writes.prefix)
@@ -123,7 +129,7 @@ class _Cuts:
         sources, destinations = self.graph.edges[list(edges)].T.tolist()
         if self.graph.destinations[destinations[0]] == LOGITS:
             return self.model.unembed(self.last - self.delta[sources][:, :, -1])
-        layer, copies = destinations[0] // (3 * c.n_heads + 1), len(edges)
+        layer, n = destinations[0] // (3 * c.n_heads + 1), len(edges)
         columns = [d % (3 * c.n_heads + 1) for d in destinations]
         ports: dict[int, list[tuple[int, int, int]]] = {}  # port -> (copy, source, head); 3 is the MLP
         for copy, (source, column) in enumerate(zip(sources, columns, strict=True)):
@@ -134,31 +140,26 @@ class _Cuts:
         for port, cuts in ports.items():
             name = "hook_mlp_in" if port == 3 else f"attn.hook_{PORTS[port]}"
             change = self._mlp if port == 3 else partial(self._head, layer, port)
-            edit[sites.block(layer, name)] = partial(change, copies, torch.tensor(cuts))
-        past = {
-            at: (key.repeat(copies, 1, 1, 1), value.repeat(copies, 1, 1, 1))
-            for at, (key, value) in self.past.items()
-            if at >= layer
-        }
-        start = Resume(layer, self.resid[self.pres[layer]].repeat(copies, 1, 1), past)
-        out = self.model.run(self.tokens.repeat(copies, 1), edit=edit, logits="last", start=start, ungroup=True).logits
+            edit[sites.block(layer, name)] = partial(change, n, torch.tensor(cuts))
+        start = Resume(layer, self.resid[self.pres[layer]].repeat(n, 1, 1), copies(self.past, n, layer))
+        out = self.model.run(self.tokens.repeat(n, 1), edit=edit, logits="last", start=start, ungroup=True).logits
         assert out is not None
-        logits: Tensor = out[:, -1].unflatten(0, (copies, -1))
+        logits: Tensor = out[:, -1].unflatten(0, (n, -1))
         return logits
 
-    def _head(self, layer: int, port: int, copies: int, cuts: Tensor, x: Tensor) -> Tensor:
+    def _head(self, layer: int, port: int, n: int, cuts: Tensor, x: Tensor) -> Tensor:
         """Queries, keys or values, in each copy those of one head from an input of its own."""
         weight, bias = self.model.in_weights(layer)
         copy, source, head = cuts.T
         mixed = self.resid[self.pres[layer]] - self.delta[source]
         normed = self.model.attention_norm(layer)(mixed)
         rows = torch.einsum("nbpm,ndm->nbpd", normed, weight[port, head]) + bias[port, head][:, None, None]
-        x = x.unflatten(0, (copies, -1)).clone()
+        x = x.unflatten(0, (n, -1)).clone()
         x[copy, :, :, head] = rows.to(x.dtype)
         return x.flatten(0, 1)
 
-    def _mlp(self, copies: int, cuts: Tensor, x: Tensor) -> Tensor:
+    def _mlp(self, n: int, cuts: Tensor, x: Tensor) -> Tensor:
         copy, source, _ = cuts.T
-        x = x.unflatten(0, (copies, -1)).clone()
+        x = x.unflatten(0, (n, -1)).clone()
         x[copy] -= self.delta[source].to(x.dtype)
         return x.flatten(0, 1)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,7 +36,6 @@ from workbench.scores import NodeScores
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # MIB's
 BOOTSTRAP = 1000
-Level = Literal["edges", "nodes"]
 
 
 @dataclass(frozen=True)
@@ -107,26 +106,33 @@ class Curve:
     """Faithfulness over circuit sizes, with the edges (or nodes) of largest score.
 
     fractions  of all edges or nodes; kept: how many edges of the circuit lie on a path from input to logits
-    cmd        area between the curve and 1; cpr: area under the curve; of the ranking by absolute or signed score
+    absolute   ranked by absolute score, which gives CMD; by signed score, which gives CPR
     """
 
     fractions: Float[Tensor, " size"]
     items: Int[Tensor, " size"]
     kept: Int[Tensor, " size"]
     faithfulness: Faithfulness
-    cmd: float
-    cpr: float
     absolute: bool
     level: str
     definition: str
     headline: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def measure(self) -> str:
+        return "cmd" if self.absolute else "cpr"
+
+    @property
+    def area(self) -> float:
+        """CMD, between the curve and 1, or CPR, under it."""
+        cpr, cmd = areas(self.fractions.double().tolist(), self.faithfulness.value.tolist())
+        return cmd if self.absolute else cpr
+
     def summary(self) -> dict[str, Any]:
         f = self.faithfulness
         rows = zip(self.items.tolist(), f.value.tolist(), f.low.tolist(), f.high.tolist(), strict=True)
         return {
-            "cmd": round(self.cmd, 4),
-            "cpr": round(self.cpr, 4),
+            self.measure: round(self.area, 4),
             "curve": [[n, *(round(x, 4) for x in row)] for n, *row in rows],
             "whole": round(f.whole, 4),
             "nothing": round(f.nothing, 4),
@@ -158,16 +164,13 @@ def curve(
     sizes = [int(fraction * total) for fraction in fractions]
     kept = torch.stack([_best(graph, scores, n, absolute) for n in sizes])
     found = faithfulness(model, batch, store, graph, kept, ablation=ablation)
-    cpr, cmd = areas(fractions, found.value.tolist())
     level = "edges" if isinstance(scores, EdgeScores) else "nodes"
     ranked = "absolute score" if absolute else "score"
     return Curve(
-        torch.tensor(fractions),
+        torch.tensor(fractions, dtype=torch.float64),
         torch.tensor(sizes),
         kept.sum(1),
         found,
-        cmd,
-        cpr,
         absolute,
         level,
         f"faithfulness with the {level} of largest {ranked} and those without one, all else ablated ({ablation}), over "

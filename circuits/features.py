@@ -130,9 +130,8 @@ def attribute(
     active = [torch.zeros(bases[hook].n_latents) for hook in hooks]
     errors = torch.zeros(len(hooks))
     positions = 0
-    parts = [part for bucket in batch.buckets() for part in bucket.split(PROMPTS_AT_ONCE)]
-    for part in tqdm(parts, desc="feature-attribution", disable=None, leave=False):
-        some = batch.select(part.tolist())
+    parts = list(batch.parts(PROMPTS_AT_ONCE))
+    for part, some in tqdm(parts, desc="feature-attribution", disable=None, leave=False):
         pairs = _pairs(model, store, some, hooks, bases)
         positions += len(part) * len(some.clean[0])
         slopes = {} if steps > 1 else _slopes(model, some, hooks)
@@ -238,9 +237,9 @@ def connect(
     order = sorted(chosen, key=sites.depth)
     names = [f"{hook}/{which}" for hook in order for which in chosen[hook]]
     weights = torch.zeros(len(names), len(names) + 1)  # [source, destination], logits last
-    parts = [part for bucket in batch.buckets() for part in bucket.split(PROMPTS_AT_ONCE)]
-    for part in tqdm(parts, desc="feature-circuit", disable=None, leave=False):
-        weights += _direct(model, store, batch.select(part.tolist()), order, chosen, bases) / len(batch)
+    parts = list(batch.parts(PROMPTS_AT_ONCE))
+    for _, some in tqdm(parts, desc="feature-circuit", disable=None, leave=False):
+        weights += _direct(model, store, some, order, chosen, bases) / len(batch)
     layer = torch.tensor([order.index(name.rpartition("/")[0]) for name in names])
     pairs = [(s, d) for d in range(len(names) + 1) for s in range(len(names)) if d == len(names) or layer[s] < layer[d]]
     every = torch.tensor(pairs)

@@ -102,6 +102,12 @@ class Graph:
         )
 
 
+def nodes_of(n_layers: int, n_heads: int) -> tuple[str, ...]:
+    """The heads and the MLP of every layer, in order of computation: the nodes of a transformer's graph."""
+    layers = [[*(head(layer, h) for h in range(n_heads)), mlp(layer)] for layer in range(n_layers)]
+    return tuple(name for layer in layers for name in layer)
+
+
 def transformer(n_layers: int, n_heads: int, parallel_attn_mlp: bool = False) -> Graph:
     """The graph of a transformer; in a parallel block the MLP does not read the heads beside it."""
     sources: list[str] = [INPUT]
@@ -286,7 +292,7 @@ def from_eap(content: Mapping[str, Any]) -> tuple[EdgeScores, Circuit]:
         if set(graph.names) != listed.keys():
             odd = sorted(set(graph.names) ^ listed.keys())
             raise UserError(f"the file has not the edges of a {cfg['n_layers']}-layer transformer: {odd[0]!r} ...")
-        score = torch.tensor([float(listed[name].get("score") or 0) for name in graph.names])
+        score = torch.tensor([float(listed[name]["score"]) for name in graph.names])
         kept = torch.tensor([bool(listed[name]["in_graph"]) for name in graph.names])
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"this is not a graph as EAP-IG writes it ({error!r}).") from error

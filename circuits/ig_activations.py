@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from circuits.attribution import TOKENS_PER_PASS, Rule, alphas, gradients, products, read_hooks
+from circuits.attribution import TOKENS_PER_PASS, Rule, alphas, gradients, products, read_hooks, summed
 from circuits.graph import EdgeScores, Graph
 from circuits.writes import Ablation, Writes
 from workbench import sites
@@ -56,7 +56,7 @@ def eap_ig_activations(
             length = len(batch.clean[int(bucket[0])])
             for part in bucket.split(max(1, TOKENS_PER_PASS // (steps * length))):
                 some = batch.select(part.tolist())
-                writes = Writes(model, store, some.clean, some.corrupted, ablation)
+                writes = Writes(model, store, some, batch, ablation)
                 pres = [sites.block(layer, "hook_resid_pre") for layer in range(model.config.n_layers)]
                 found = store.get(model, list(some.clean), pres)
                 for layer, hook, rows in groups:
@@ -110,10 +110,5 @@ def _moved(
         own_mlp = sites.split(hook)[1] == "attn.hook_z" and not parallel
         into = [sites.block(layer, "hook_mlp_in")] * own_mlp + read_hooks(model, layer + 1)
     tokens = torch.stack(batch.clean).repeat(k, 1)
-
-    def metric(logits: Tensor) -> Tensor:
-        copies = logits.unflatten(0, (k, -1))
-        return torch.stack([batch.score(rows).sum() for rows in copies]).sum() / k
-
-    found = gradients(model, tokens, Resume(layer, start), metric, into, edit=edit)
+    found = gradients(model, tokens, Resume(layer, start), summed(batch, k, 1 / k), into, edit=edit)
     return products(model, graph, found, writes, k, rows)

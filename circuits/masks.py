@@ -25,10 +25,10 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from circuits.graph import EdgeScores, Graph
+from circuits.graph import EdgeScores, Graph, nodes_of
 from circuits.wiring import Wiring
 from circuits.writes import Ablation, Writes
-from workbench import scores, sites
+from workbench import sites
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.metrics import kl
@@ -65,12 +65,14 @@ def node_pruning(
     ablation   what a closed gate lets through: resample (corrupted prompt), mean (over corrupted prompts), zero
     mask_seed  of the order of the prompts and of the sampled gates
     """
-    runs = [partial(_gated_nodes, model, writes, some) for some, writes in _parts(model, batch, store, ablation)]
-    layers, heads = range(model.config.n_layers), range(model.config.n_heads)
-    nodes = [name for layer in layers for name in (*(scores.head(layer, h) for h in heads), scores.mlp(layer))]
+    runs = [
+        partial(_gated_nodes, model, Writes(model, store, some, batch, ablation), some)
+        for _, some in batch.parts(PROMPTS_AT_ONCE)
+    ]
+    nodes = nodes_of(model.config.n_layers, model.config.n_heads)
     logit, headline = _train(runs, len(nodes), keep, steps, lr, gates, mask_seed)
     return NodeScores(
-        tuple(nodes),
+        nodes,
         open_share(logit, gates),
         _definition("node", batch, keep, gates, ablation),
         "probability",
@@ -105,8 +107,8 @@ def edge_pruning(
     def gated(run: Wiring, gate: Tensor) -> Tensor:
         return run.run(graph.dense(gate)[None], grad=True)[0]
 
-    parts = [part for bucket in batch.buckets() for part in bucket.split(PROMPTS_AT_ONCE)]
-    runs = [partial(gated, Wiring(model, store, batch.select(part.tolist()), ablation)) for part in parts]
+    parts = batch.parts(PROMPTS_AT_ONCE)
+    runs = [partial(gated, Wiring(model, store, some, ablation, whole=batch)) for _, some in parts]
     logit, headline = _train(runs, len(graph), keep, steps, lr, gates, mask_seed)
     score = open_share(logit, gates)
     return EdgeScores(graph, score, _definition("edge", batch, keep, gates, ablation), "probability", headline=headline)
@@ -117,14 +119,6 @@ def _definition(what: str, batch: Batch, keep: float, gates: Gates, ablation: Ab
         f"probability that a learned {gates} gate on the {what} is open, trained to keep the prediction (KL) with "
         f"{keep:.1%} of gates open; ablation {ablation}, {len(batch)} prompts"
     )
-
-
-def _parts(
-    model: LanguageModel, batch: Batch, store: ActivationStore, ablation: Ablation
-) -> list[tuple[Batch, Writes]]:
-    parts = [part.tolist() for bucket in batch.buckets() for part in bucket.split(PROMPTS_AT_ONCE)]
-    some = [batch.select(part) for part in parts]
-    return [(one, Writes(model, store, one.clean, one.corrupted, ablation)) for one in some]
 
 
 def _gated_nodes(model: LanguageModel, writes: Writes, batch: Batch, gate: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from circuits.writes import copies, stored_past
 from workbench import scores, sites
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel, Resume
@@ -47,15 +48,13 @@ def patching(
     """
     nodes = [scores.head(layer, h) for layer in range(model.config.n_layers) for h in range(model.config.n_heads)]
     nodes += [scores.mlp(layer) for layer in range(model.config.n_layers)] if mlps else []
-    base, source = (batch.clean, batch.corrupted) if direction == "noise" else (batch.corrupted, batch.clean)
     patched = torch.empty(len(nodes), len(batch))
     unpatched = torch.empty(len(batch))
-    chunks = [part for bucket in batch.buckets() for part in bucket.split(PROMPTS_AT_ONCE)]
+    chunks = list(batch.parts(PROMPTS_AT_ONCE))
     with tqdm(total=len(chunks) * model.config.n_layers, desc="patching", disable=None, leave=False) as bar:
-        for chunk in chunks:
-            i = chunk.tolist()
-            some = batch.select(i)
-            runs = _Patches(model, store, [base[j] for j in i], [source[j] for j in i], mlps)
+        for chunk, some in chunks:
+            pair = (some.clean, some.corrupted)
+            runs = _Patches(model, store, *(pair if direction == "noise" else pair[::-1]), mlps)
             unpatched[chunk] = some.score(runs.unpatched())
             for layer in range(model.config.n_layers):
                 names, logits = runs.layer(layer)
@@ -92,8 +91,6 @@ class _Patches:
         differs = (self.tokens != torch.stack(list(source))).any(0)
         self.prefix = int(differs.nonzero()[0])  # positions before this are the same in both runs, whatever is patched
         c = model.config
-        keys = "attn.hook_rot_k" if sites.block(0, "attn.hook_rot_k") in model.hook_points else "attn.hook_k"
-        kept = ["hook_resid_pre"] + ([keys, "attn.hook_v"] if self.prefix else [])
         taken = ["attn.hook_z"] + (["hook_mlp_out"] if mlps else [])
 
         def fetch(sequences: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -103,15 +100,9 @@ class _Patches:
             )
             return {hook: torch.stack(found[hook]) for hook in found}
 
-        self.base = fetch(base, kept)
+        self.base = fetch(base, ["hook_resid_pre"])
         self.source = fetch(source, taken)
-        self.past = {
-            layer: (
-                self.base[sites.block(layer, keys)][:, : self.prefix].to(model.device, model.dtype),
-                self.base[sites.block(layer, "attn.hook_v")][:, : self.prefix].to(model.device, model.dtype),
-            )
-            for layer in range(c.n_layers if self.prefix else 0)
-        }
+        self.past = stored_past(model, store, base, self.prefix)
 
     def unpatched(self) -> Float[Tensor, "batch vocab"]:
         """Logits of the base run at the last position."""
@@ -152,15 +143,7 @@ class _Patches:
         if n_heads in patches:
             edit[sites.block(layer, "hook_mlp_out")] = patch_mlp
         resid = self.base[sites.block(layer, "hook_resid_pre")][:, self.prefix :]
-        start = Resume(
-            layer,
-            resid.repeat(k, 1, 1),
-            {
-                at: (key.repeat(k, 1, 1, 1), value.repeat(k, 1, 1, 1))
-                for at, (key, value) in self.past.items()
-                if at >= layer
-            },
-        )
+        start = Resume(layer, resid.repeat(k, 1, 1), copies(self.past, k, layer))
         out = self.model.run(self.tokens.repeat(k, 1), edit=edit, logits="last", start=start).logits  # type: ignore[arg-type]
         assert out is not None
         return list(out[:, -1].cpu().unflatten(0, (k, n_prompts)))

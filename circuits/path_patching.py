@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuits.graph import INPUT, LOGITS, PORTS
+from circuits.writes import copies, stored_past
 from workbench import scores, sites
 from workbench.activations import ActivationStore
 from workbench.backend import ModelConfig
@@ -116,10 +117,9 @@ def path_metrics(
     for name in {name for group in groups for name in group} - known:
         raise unknown(f"node of {model.name}", name, known)
     out = Metrics(torch.empty(len(batch)), torch.empty(len(batch)), torch.empty(len(groups), len(batch)))
-    chunks = [part for bucket in batch.buckets() for part in bucket.split(PROMPTS_AT_ONCE)]
+    chunks = list(batch.parts(PROMPTS_AT_ONCE))
     with tqdm(total=len(chunks) * len(groups), desc="path patching", disable=None, leave=False) as bar:
-        for chunk in chunks:
-            some = batch.select(chunk.tolist())
+        for chunk, some in chunks:
             paths = _Paths(model, store, some, receivers, position, freeze_mlps)
             out.clean[chunk], out.corrupted[chunk] = (some.score(logits) for logits in paths.unpatched())
             for together in paths.passes(groups):
@@ -207,31 +207,18 @@ class _Paths:
         self.first = n_layers if self.to_logits else min(map(layer_of, self.receivers))
         self.end = n_layers if self.to_logits else max(map(layer_of, self.receivers)) + 1
         looks_back = self.begin > 0 and not self.to_logits
-        self.keys = "attn.hook_rot_k" if sites.block(0, "attn.hook_rot_k") in model.hook_points else "attn.hook_k"
         hooks = [sites.block(at, name) for name in ("hook_resid_pre", "attn.hook_z") for at in range(self.end)]
         mlps = [sites.block(at, "hook_mlp_out") for at in range(self.end)]
-        past = [sites.block(at, name) for name in (self.keys, "attn.hook_v") for at in range(self.first, n_layers)]
         last = model.hook_points[-1]
-        self.clean = self._fetch(
-            store, batch.clean, [*hooks, *(mlps if freeze_mlps else ()), *(past if looks_back else ()), last]
-        )
+        self.clean = self._fetch(store, batch.clean, [*hooks, *(mlps if freeze_mlps else ()), last])
         first = sites.block(0, "hook_resid_pre")
         taken = [hook for hook in hooks if hook.endswith("hook_z")]
         self.corrupted = self._fetch(store, batch.corrupted, [first, *taken, *mlps, last])
-        self.past = {
-            at: (
-                self._on_device(self.clean[sites.block(at, self.keys)][:, : self.begin]),
-                self._on_device(self.clean[sites.block(at, "attn.hook_v")][:, : self.begin]),
-            )
-            for at in range(self.first, n_layers if looks_back else 0)
-        }
+        self.past = stored_past(model, store, batch.clean, self.begin if looks_back else 0, self.first)
 
     def _fetch(self, store: ActivationStore, sequences: Sequence[Tensor], hooks: Sequence[str]) -> dict[str, Tensor]:
         found = store.get(self.model, sequences, hooks)
         return {hook: torch.stack(found[hook]) for hook in found}
-
-    def _on_device(self, x: Tensor) -> Tensor:
-        return x.to(self.model.device, self.model.dtype)
 
     def unpatched(self) -> list[Float[Tensor, "batch vocab"]]:
         """Logits at the last position on the clean and on the corrupted prompts."""
@@ -274,7 +261,6 @@ class _Paths:
         logits = first.logits
         if not self.to_logits:
             start = max(start, self.first)
-            past = {at: kv for at, kv in self.past.items() if at >= start}
             logits = self.model.run(
                 tokens,
                 edit={site: _replace(first[site]) for site in reading},
@@ -282,7 +268,7 @@ class _Paths:
                 start=Resume(
                     start,
                     self._resid(start, k).flatten(0, 1),
-                    {at: (key.repeat(k, 1, 1, 1), value.repeat(k, 1, 1, 1)) for at, (key, value) in past.items()},
+                    copies(self.past, k, start),
                 ),
                 ungroup=True,
             ).logits

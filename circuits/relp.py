@@ -6,8 +6,8 @@ times value) each factor gets half. What a source passes on is then shared out a
 where a plain gradient may vanish (a saturated softmax, a norm that takes a common direction away) or explode. One
 backward pass, as EAP.
 
-The choice here over contextual decomposition (CD-T): the same idea, forwards per source there, backwards once for all
-sources here.
+Contextual decomposition (CD-T, Hsu et al. 2024) follows the same idea forwards, once per source; the two have not been
+compared here.
 """
 
 from __future__ import annotations

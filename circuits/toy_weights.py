@@ -11,23 +11,18 @@ the real ones do, and write it where no real part reads. Their effect on the log
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from circuits import handmade
 from circuits.graph import INPUT
-from workbench import backend
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.scores import head, mlp
@@ -211,33 +206,12 @@ def to_model(w: Weights, name: str) -> LanguageModel:
         state[f"{block}.mlp.c_fc.bias"] = pad(w.b_in[layer], n_inner)
         state[f"{block}.mlp.c_proj.weight"] = pad(w.w_out[layer], n_inner, d_model)
         state[f"{block}.mlp.c_proj.bias"] = torch.zeros(d_model)
-    state = {key: value.contiguous() for key, value in state.items()}
-    config = {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": len(vocab), "n_positions": len(w.pos),
-        "n_embd": d_model, "n_layer": n_layers, "n_head": n_heads, "n_inner": n_inner, "activation_function": "relu",
-        "tie_word_embeddings": False, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-    }  # fmt: skip
-    tokenizer = {
-        "version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": UNKNOWN},
-    }  # fmt: skip
-    module, words = _from_files(config, state, tokenizer)
+    config = {"n_positions": len(w.pos), "n_embd": d_model, "n_layer": n_layers, "n_head": n_heads, "n_inner": n_inner}
+    module, words, digest = handmade.gpt2(config, state, vocab, UNKNOWN)
     for block in module.transformer.h:
         block.ln_1, block.ln_2 = nn.Identity(), nn.Identity()
     module.transformer.ln_f = nn.Identity()
-    digest = hashlib.sha256(json.dumps([config, vocab]).encode() + save(state)).hexdigest()
-    return LanguageModel(module, words, name=name, fingerprint=f"{name}-{digest[:32]}")
-
-
-def _from_files(config: dict[str, Any], state: dict[str, Tensor], tokenizer: dict[str, Any]) -> tuple[Any, Any]:
-    """The library builds modules from folders; this one is gone again once the module is in memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        (path / "config.json").write_text(json.dumps(config))
-        (path / "tokenizer.json").write_text(json.dumps(tokenizer))
-        (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
-        return backend.load(path, torch.float32)
+    return LanguageModel(module, words, name=name, fingerprint=f"{name}-{digest}")
 
 
 # ---- training ----

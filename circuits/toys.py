@@ -120,6 +120,7 @@ def smallest_circuit(model: LanguageModel, batch: Batch, nodes: Iterable[str]) -
 def edge_effects(model: LanguageModel, batch: Batch, edges: Iterable[str]) -> dict[str, Float[Tensor, " batch"]]:
     """Exact patching of single edges: the destination alone reads what the source wrote on the corrupted prompt.
 
+    Not `circuits.edge_patching`, on purpose: the truth that it is held to must not be its own.
     Metric of the clean run minus that of the patched run, per prompt. A model without norms reads sums, so that the
     change of one source can be added to what one destination reads.
     Raises UserError for a model with norms, unknown edges and prompts of several lengths.

@@ -15,7 +15,7 @@ the positions before clean and corrupted prompt first differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.graph import PORTS, Graph
-from circuits.writes import Ablation, Writes
+from circuits.writes import Ablation, Writes, copies, stored_past
 from workbench import sites
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel, Resume
@@ -37,10 +37,19 @@ Keep = Float[Tensor, "copy source destination"]
 class Wiring:
     """Some prompts of one length, ready to be run with any edges cut."""
 
-    def __init__(self, model: LanguageModel, store: ActivationStore, batch: Batch, ablation: Ablation = "resample"):
+    def __init__(
+        self,
+        model: LanguageModel,
+        store: ActivationStore,
+        batch: Batch,
+        ablation: Ablation = "resample",
+        *,
+        whole: Batch | None = None,
+    ):
+        """whole: the batch that these prompts are part of, over which means are taken; itself, unless given."""
         self.model, self.graph = model, Graph.of(model.config)
         self.tokens = torch.stack(batch.clean)
-        writes = Writes(model, store, batch.clean, batch.corrupted, ablation)
+        writes = Writes(model, store, batch, whole or batch, ablation)
         at = slice(writes.prefix, None)
         self.ablated = writes.of(writes.ablated, at)  # [source, batch, pos, d_model]
         self.clean = writes.of(writes.clean, at)
@@ -79,7 +88,7 @@ class _Pass:
         self.ports: dict[str, Tensor] = {}
 
     def logits(self) -> Float[Tensor, "copy batch vocab"]:
-        c, copies = self.model.config, len(self.keep)
+        c, n = self.model.config, len(self.keep)
         edit: dict[str | sites.Site, Callable[[Tensor], Tensor]] = {}
         for layer in range(self.first, c.n_layers):
             for port in PORTS:
@@ -89,16 +98,11 @@ class _Pass:
             edit[sites.block(layer, "hook_mlp_out")] = partial(self._mlp_out, layer)
         if self.first < c.n_layers:
             resid = self.base + self.shared.sum(0)
-            past = {
-                at: (k.repeat(copies, 1, 1, 1), v.repeat(copies, 1, 1, 1))
-                for at, (k, v) in self.wiring.past.items()
-                if at >= self.first
-            }
             self.model.run(
-                self.wiring.tokens.repeat(copies, 1),
+                self.wiring.tokens.repeat(n, 1),
                 edit=edit,
                 stop_after=sites.block(c.n_layers - 1, "hook_mlp_out"),
-                start=Resume(self.first, resid.repeat(copies, 1, 1), past),
+                start=Resume(self.first, resid.repeat(n, 1, 1), copies(self.wiring.past, n, self.first)),
                 ungroup=True,
                 grad=self.grad,
             )
@@ -170,23 +174,6 @@ def _first_cut(keep: Keep, graph: Graph, per_layer: int) -> int:
     return int(graph.edges[cut, 1].min()) // per_layer
 
 
-def stored_past(
-    model: LanguageModel, store: ActivationStore, clean: Sequence[Tensor], prefix: int
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """Keys and values of the positions before the prompts differ, as the attention step sees them."""
-    if not prefix:
-        return {}
-    name = "attn.hook_rot_k" if sites.block(0, "attn.hook_rot_k") in model.hook_points else "attn.hook_k"
-    layers = range(model.config.n_layers)
-    hooks = [sites.block(layer, hook) for layer in layers for hook in (name, "attn.hook_v")]
-    found = store.get(model, list(clean), hooks)
-
-    def stacked(hook: str) -> Tensor:
-        return torch.stack([x[:prefix] for x in found[hook]]).to(model.device, model.dtype)
-
-    return {layer: (stacked(sites.block(layer, name)), stacked(sites.block(layer, "attn.hook_v"))) for layer in layers}
-
-
 def metric(
     model: LanguageModel,
     batch: Batch,
@@ -196,9 +183,7 @@ def metric(
 ) -> Float[Tensor, "copy batch"]:
     """The task's metric per prompt when only some edges are kept, for each way of cutting."""
     out = torch.empty(len(keep), len(batch))
-    for bucket in batch.buckets():
-        for part in bucket.split(PROMPTS_AT_ONCE):
-            some = batch.select(part.tolist())
-            logits = Wiring(model, store, some, ablation).run(keep)
-            out[:, part] = torch.stack([some.score(rows.cpu()) for rows in logits])
+    for part, some in batch.parts(PROMPTS_AT_ONCE):
+        logits = Wiring(model, store, some, ablation, whole=batch).run(keep)
+        out[:, part] = torch.stack([some.score(rows.cpu()) for rows in logits])
     return out

@@ -104,7 +104,8 @@ class CodeScores:
     codes_used   how many different codes a head has
     none         share of prompts on which no latent of a head fires (in "paper" they are merged with code 0)
     pairs        U[h1, h2], pairs of codes seen together on clean prompts only; None unless asked for
-    loss, fvu    of the SAE on the rows it was trained on: final loss, fraction of variance unexplained
+    loss, fvu    of the SAE on the rows it was trained on: final loss, fraction of variance unexplained; of k-means its
+                 squared error; NaN for probe codes, which reconstruct nothing
     """
 
     scores: NodeScores
@@ -131,8 +132,8 @@ class CodeScores:
             "trials": len(self.loss),
             "mean_std_over_trials": round(float(self.std.mean()), 4),
             "top_heads_std": [round(float(self.std[names.index(name)]), 4) for name, _ in self.scores.top(10)],
-            "mean_loss": round(float(self.loss.mean()), 5),
-            "mean_fvu": round(float(self.fvu.mean()), 4),
+            "mean_loss": None if self.loss.isnan().any() else round(float(self.loss.mean()), 5),
+            "mean_fvu": None if self.fvu.isnan().any() else round(float(self.fvu.mean()), 4),
         }
         if self.pairs is not None:
             best = self.pairs.triu(1).flatten().sort(descending=True, stable=True)
@@ -178,6 +179,8 @@ def sae_codes(
     sae_seed      of training examples, initialisation and permutations
     """
     n = len(batch)
+    if mode == "paper" and statistic != "unique":
+        raise UserError(f"mode='paper' scores by its count of unique codes, not by {statistic!r}; use mode='fixed'.")
     if min(latents, examples, trials) < 1 or permutations < 2 or steps < 0:
         raise UserError("latents, examples and trials must be at least 1, permutations 2, and steps 0.")
     if mode == "fixed" and n <= (examples + 1) // 2:
@@ -195,8 +198,9 @@ def sae_codes(
     what = f"number of {encoder} codes a head uses on clean and never on corrupted prompts"
     if mode == "fixed" and statistic == "information":
         what = f"mutual information of {encoder} code and label clean or corrupted"
+    size = {"sae": f"{latents} latents", "kmeans": f"{latents} centroids", "probe": f"{min(PROBE_BINS, latents)} bins"}
     definition = (
-        f"{what}{null}; {mode} mode, {latents} latents, {examples} training examples, {position} position, mean over "
+        f"{what}{null}; {mode} mode, {size[encoder]}, {examples} training examples, {position} position, mean over "
         f"{trials} trials from seed {sae_seed}; "
         "not causal"
     )

@@ -34,7 +34,7 @@ def by_autograd(model: LanguageModel, batch: Batch, store: ActivationStore, poin
     total = torch.zeros(len(graph.sources), len(graph.destinations))
     for i in range(len(batch)):
         one = batch.select([i])
-        writes = Writes(model, store, one.clean, one.corrupted)
+        writes = Writes(model, store, one, one)
         delta = writes.of(writes.clean) - writes.of(writes.ablated)
         for alpha in points:
             embeds = torch.lerp(writes.ablated[writes.start], writes.clean[writes.start], alpha)

@@ -378,3 +378,13 @@ def test_every_encoder_finds_heads_that_differ_and_not_under_shuffled_labels(enc
         mixed[:60][swap], mixed[60:][swap] = x[60:][swap], x[:60][swap]
         nulls.append(auc(codes.trial(codes.rescale(mixed), settings, rng(seed))["z"], truth))
     assert 0.42 < sum(nulls) / 20 < 0.58
+
+
+def test_what_paper_mode_does_not_score_by_is_refused_and_what_a_probe_has_not_is_none(
+    tiny: LanguageModel, store: ActivationStore
+) -> None:
+    batch = sample(registry.get_task("ioi"), tiny, 12, seed=0)
+    with pytest.raises(UserError, match="mode='paper' scores by its count"):
+        codes.sae_codes(tiny, batch, store, mode="paper", statistic="information")
+    found = codes.sae_codes(tiny, batch, store, encoder="probe", trials=1, permutations=10)
+    assert found.summary()["mean_loss"] is None and "20 bins" in found.scores.definition

@@ -64,7 +64,13 @@ def test_curves_end_at_the_model(level: str, tiny: LanguageModel, store: Activat
     assert drawn.level == level and drawn.items[-1] == len(scores.scores)
     assert float(drawn.faithfulness.value[-1]) == pytest.approx(1, abs=1e-3)
     assert drawn.kept.tolist() == sorted(drawn.kept.tolist()) and int(drawn.kept[-1]) == len(Graph.of(tiny.config))
-    assert drawn.cmd > 0 and "faithfulness" in drawn.summary()["definition"]
+    assert drawn.area > 0 and "faithfulness" in drawn.summary()["definition"]
+    signed = curve(tiny, batch, store, scores, absolute=False)
+    x, f = torch.tensor(FRACTIONS, dtype=torch.float64), drawn.faithfulness.value.double()
+    assert drawn.summary()["cmd"] == pytest.approx(float(torch.trapezoid((1 - f).abs(), x)), abs=1e-4)
+    f = signed.faithfulness.value.double()
+    assert signed.summary()["cpr"] == pytest.approx(float(torch.trapezoid(f, x)), abs=1e-4)
+    assert "cpr" not in drawn.summary() and "cmd" not in signed.summary()  # each ranking has its own
 
 
 def test_the_smallest_circuit_is_faithful_and_one_smaller_is_not(tiny: LanguageModel, store: ActivationStore) -> None:

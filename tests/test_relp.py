@@ -53,7 +53,7 @@ def test_relevance_of_an_mlp_is_conserved(kind: str, make_tiny: Make) -> None:
     (slope,) = torch.autograd.grad(value, run[read])
     # A centring norm passes on the input without its mean, which is what it reads.
     x = run[read] - run[read].mean(-1, keepdim=True) if kind == "gpt2" else run[read]
-    assert float((x * slope).sum()) == pytest.approx(float(value), rel=1e-3)
+    assert float((x * slope).sum().detach()) == pytest.approx(float(value.detach()), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])

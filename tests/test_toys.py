@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from circuits import toy_weights, toys, tracr_models
+from circuits.edge_patching import exact
 from circuits.patching import patching
 from circuits.toys import Toy
+from circuits.wiring import metric
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.interventions import resample, zero
@@ -258,6 +260,22 @@ def test_exact_patching_finds_the_nodes_and_the_edges(toy: Toy, store: Activatio
     assert min(share[edge] for edge in toy.edges) > 0.6 * toys.CARRIES
     assert max(share[edge] for edge in set(among) - set(toy.edges)) < 1.5 * toys.CARRIES
     assert max(share[edge] for edge in noise) < 1e-4
+
+
+@pytest.mark.parametrize("toy", TRAINED, indirect=True)
+def test_the_general_methods_agree_with_algebra_on_sums(toy: Toy, store: ActivationStore) -> None:
+    """Without norms an edge is patched by adding to a query; the general methods know no such short way."""
+    batch = toy.batch(12, seed=3)
+    graph = toy.graph
+    chosen = graph.between(toy.nodes)
+    effects = toys.edge_effects(toy.model, batch, [graph.names[i] for i in chosen.nonzero()[:, 0].tolist()])
+    found = exact(toy.model, batch, store, chosen)[:, chosen]
+    torch.testing.assert_close(found, torch.stack(list(effects.values()), 1), rtol=1e-3, atol=1e-3)
+    keep = graph.dense(graph.between(toy.nodes[1:]).float())[None]
+    whole, nothing = graph.dense(torch.ones(len(graph)))[None], torch.zeros_like(keep)
+    kept, everything, none = metric(toy.model, batch, store, torch.cat([keep, whole, nothing])).mean(1).tolist()
+    by_hand = toys.faithfulness(toy.model, batch, toy.nodes[1:])
+    assert (kept - none) / (everything - none) == pytest.approx(by_hand, abs=1e-3)
 
 
 @pytest.mark.parametrize("toy", TRAINED, indirect=True)

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from circuits import wiring
+from circuits.attribution import attribution_patching, eap
+from circuits.edge_patching import edge_patching
 from circuits.graph import PORTS, Graph, node_of
+from circuits.ig_activations import eap_ig_activations
 from circuits.patching import patching
 from circuits.wiring import Wiring
 from circuits.writes import Writes
@@ -37,7 +40,7 @@ def logits_of(model: LanguageModel, sequences: tuple[Tensor, ...]) -> Tensor:
 def one_by_one(model: LanguageModel, store: ActivationStore, batch: Batch, keep: Tensor, ablation: str) -> Tensor:
     """Destination by destination, source by source: the definition, with modules called directly."""
     graph, c = Graph.of(model.config), model.config
-    writes = Writes(model, store, batch.clean, batch.corrupted, ablation)  # type: ignore[arg-type]
+    writes = Writes(model, store, batch, batch, ablation)  # type: ignore[arg-type]
     ablated = dict(zip(graph.sources, writes.of(writes.ablated), strict=True))
     now = {"input": writes.clean[writes.start]}
     index = {name: i for i, name in enumerate(graph.destinations)}
@@ -150,6 +153,39 @@ def test_copies_are_run_apart_when_memory_is_short(
     together = Wiring(tiny, store, batch).run(keep)
     monkeypatch.setattr(wiring, "COPY_BYTES", 1)
     torch.testing.assert_close(Wiring(tiny, store, batch).run(keep), together, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_mean_is_over_the_batch_however_its_prompts_are_split(
+    kind: str, make_tiny: Make, store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every method, prompts together and one at a time; and the mean is that of the corrupted prompts of one length."""
+    model = make_tiny(kind)
+    batch = sample(registry.get_task("ioi"), model, 8, seed=0)  # of two lengths
+    graph = Graph.of(model.config)
+    keep = torch.stack([graph.dense((torch.arange(len(graph)) % k > 0).float()) for k in (2, 3)])
+
+    def every() -> dict[str, Tensor]:
+        return {
+            "wiring": wiring.metric(model, batch, store, keep, "mean"),
+            "attribution-patching": attribution_patching(model, batch, store, ablation="mean").scores,
+            "eap": eap(model, batch, store, ablation="mean").scores,
+            "eap-ig-activations": eap_ig_activations(model, batch, store, steps=2, ablation="mean").scores,
+            "edge-patching": edge_patching(model, batch, store, ablation="mean").scores,
+        }
+
+    together = every()
+    for name in ("wiring", "edge_patching", "writes"):
+        monkeypatch.setattr(f"circuits.{name}.PROMPTS_AT_ONCE", 1)
+    for name in ("attribution", "ig_activations", "edge_patching"):
+        monkeypatch.setattr(f"circuits.{name}.TOKENS_PER_PASS", 1)
+    for name, alone in every().items():
+        torch.testing.assert_close(alone, together[name], rtol=1e-3, atol=1e-5, msg=name)
+    bucket = batch.buckets()[0].tolist()
+    some = Writes(model, store, batch.select(bucket[:1]), batch, "mean")
+    hook = some.mlp_hooks[1]
+    expected = torch.stack([model.run(batch.corrupted[i][None], capture=[hook])[hook][0] for i in bucket]).mean(0)
+    torch.testing.assert_close(some.ablated[hook][0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_names_of_nodes_and_ports() -> None:

@@ -35,8 +35,7 @@ class Family:
     hooks: dict[str, tuple[str, str]]
     pos_embed: str | None = None
     rotary: bool = True
-    # Norms of a block, where it has them, besides those of `attn_norm` and `hook_mlp_in`.
-    more_norms: tuple[str, ...] = ()
+    more_norms: tuple[str, ...] = ()  # of a block, besides those before attention and MLP, and those inside attention
 
 
 _LLAMA_HOOKS = {
@@ -60,7 +59,6 @@ LLAMA = Family(
     attn="self_attn",
     attn_norm="input_layernorm",
     act="mlp.act_fn",
-    more_norms=("self_attn.q_norm", "self_attn.k_norm"),
     qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     out_proj="self_attn.o_proj",
     hooks=_LLAMA_HOOKS,
@@ -72,12 +70,7 @@ GEMMA = Family(
     attn="self_attn",
     attn_norm="input_layernorm",
     act="mlp.act_fn",
-    more_norms=(
-        "self_attn.q_norm",
-        "self_attn.k_norm",
-        "post_attention_layernorm",
-        "post_feedforward_layernorm",
-    ),
+    more_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     out_proj="self_attn.o_proj",
     hooks=_LLAMA_HOOKS

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -332,19 +331,17 @@ def _rules(
     def product(_: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> Tensor:
         return out.detach() + (out - out.detach()) / 2
 
-    yield module.get_submodule(family.final_norm), partial(norm)
+    yield module.get_submodule(family.final_norm), norm
     for block in blocks:
-        paths = (family.attn_norm, family.hooks["hook_mlp_in"][0], *family.more_norms)
-        for path in dict.fromkeys(paths):
-            try:
-                yield block.get_submodule(path), partial(norm)
-            except AttributeError:  # families share a row, and not every member has every norm
-                continue
-        yield block.get_submodule(family.act), partial(activation)
+        for path in (family.attn_norm, family.hooks["hook_mlp_in"][0], *family.more_norms):
+            yield block.get_submodule(path), norm
+        attn = block.get_submodule(family.attn)
+        yield from ((getattr(attn, name), norm) for name in ("q_norm", "k_norm") if hasattr(attn, name))
+        yield block.get_submodule(family.act), activation
         if (
             "mlp.hook_pre_linear" in family.hooks
         ):  # linear, so that half the slope of its output is half that of its input
-            yield block.get_submodule(family.hooks["mlp.hook_post"][0]), partial(product)
+            yield block.get_submodule(family.hooks["mlp.hook_post"][0]), product
 
 
 def _attention_names(family: Family) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.errors import UserError
+
 
 class Norm(NamedTuple):
     """The fixed parts of a norm; `apply` is the norm itself."""
@@ -34,7 +36,9 @@ class Norm(NamedTuple):
 
 
 def measure(norm: Callable[[Tensor], Tensor], like: Tensor) -> Norm:
-    """The parts of a norm over the last axis of `like`."""
+    """The parts of a norm over the last axis of `like`. Raises UserError for an odd width: the probe needs mean 0."""
+    if like.shape[-1] % 2:
+        raise UserError(f"a norm over {like.shape[-1]} values cannot be measured; the width must be even.")
     probe = torch.ones(like.shape[-1], device=like.device, dtype=like.dtype)
     probe[1::2] = -1  # mean 0 and variance 1
     with torch.no_grad():

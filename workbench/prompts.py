@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +66,12 @@ class Batch:
         for i, tokens in enumerate(self.clean):
             groups.setdefault(len(tokens), []).append(i)
         return [torch.tensor(groups[length]) for length in sorted(groups)]
+
+    def parts(self, n: int) -> Iterator[tuple[Int[Tensor, " index"], Batch]]:
+        """At most n prompts of one length at a time, with their indices: what one pass can hold."""
+        for bucket in self.buckets():
+            for part in bucket.split(n):
+                yield part, self.select(part.tolist())
 
     def select(self, indices: Iterable[int]) -> Batch:
         """The same batch with only some prompts."""

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from circuits import handmade
 from circuits.planted import prompts, weights, wiring
-from circuits.planted.prompts import BOS, COLOURS, ID, UNKNOWN, WORDS
+from circuits.planted.prompts import BOS, COLOURS, ID, UNKNOWN
 from circuits.planted.weights import Plan
 from circuits.planted.wiring import Draft
-from workbench import backend
 from workbench.errors import UserError, unknown
 from workbench.models import LanguageModel
 from workbench.prompts import Batch, Task, sample
@@ -142,47 +137,12 @@ def _check(recipe: Mapping[str, Any], kinds: Sequence[str]) -> None:
 
 
 def _model(state: Mapping[str, Tensor], plan: Plan, name: str) -> LanguageModel:
-    """Through a folder as Hugging Face writes it, which is how the backend is had."""
     config = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": len(WORDS),
         "n_embd": plan.d_model,
         "n_layer": plan.n_layers,
         "n_head": plan.n_heads,
         "n_positions": len(plan.codes),
-        "activation_function": "relu",
         "layer_norm_epsilon": weights.EPSILON,
-        "tie_word_embeddings": False,
-        "bos_token_id": ID[BOS],
-        "eos_token_id": ID[BOS],
     }
-    start = {"SpecialToken": {"id": BOS, "type_id": 0}}
-    text = [{"Sequence": {"id": part, "type_id": 0}} for part in "AB"]
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": ID[word], "content": word, "special": True, "normalized": False}
-            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-            for word in (BOS, UNKNOWN)
-        ],
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [start, text[0]],
-            "pair": [start, *text],
-            "special_tokens": {BOS: {"id": BOS, "ids": [ID[BOS]], "tokens": [BOS]}},
-        },
-        "model": {"type": "WordLevel", "vocab": ID, "unk_token": UNKNOWN},
-    }
-    words = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "unk_token": UNKNOWN}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        files = {"config.json": config, "tokenizer.json": tokenizer, "tokenizer_config.json": words}
-        for path, content in files.items():
-            (folder / path).write_text(json.dumps(content))
-        save_file(dict(state), folder / "model.safetensors", metadata={"format": "pt"})
-        with (folder / "model.safetensors").open("rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        module, made = backend.load(folder, torch.float32)
-    return LanguageModel(module, made, name=name, fingerprint=digest)
+    module, words, digest = handmade.gpt2(config, state, ID, UNKNOWN, bos=BOS)
+    return LanguageModel(module, words, name=name, fingerprint=digest)

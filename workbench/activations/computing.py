@@ -24,7 +24,6 @@ from workbench.activations.keys import Edits, Key, Scope
 from workbench.models import LanguageModel
 
 Row = tuple[Key, Tensor, float]  # with the codec's error
-Count = Callable[[str, int | float], None]
 
 
 @dataclass(frozen=True)
