@@ -106,9 +106,8 @@ def _moved(
     start, edit = resid.repeat(k, 1, 1), {hook: lambda _: between.clone().requires_grad_()}
     into = read_hooks(model, layer)
     if sites.split(hook)[1] != "hook_resid_pre":  # a layer's own heads, and its MLP, have read already
-        parallel = model.config.parallel_attn_mlp
-        own_mlp = sites.split(hook)[1] == "attn.hook_z" and not parallel
-        into = [sites.block(layer, "hook_mlp_in")] * own_mlp + read_hooks(model, layer + 1)
+        own_mlp = [sites.block(layer, "hook_mlp_in")] if sites.split(hook)[1] == "attn.hook_z" else []
+        into = own_mlp + read_hooks(model, layer + 1)
     tokens = torch.stack(batch.clean).repeat(k, 1)
     found = gradients(model, tokens, Resume(layer, start), summed(batch, k, 1 / k), into, edit=edit)
     return products(model, graph, found, writes, k, rows)

@@ -36,6 +36,8 @@ def test_the_whole_graph_is_faithful_and_the_empty_one_is_not(tiny: LanguageMode
     found = faithfulness(tiny, batch, store, graph, kept)
     torch.testing.assert_close(found.value, torch.tensor([1.0, 0.0]), atol=1e-4, rtol=0)
     torch.testing.assert_close(found.mean_of_ratios, torch.tensor([1.0, 0.0]), atol=1e-3, rtol=0)
+    for end in (found.low, found.high):  # in every draw of prompts, too
+        torch.testing.assert_close(end, torch.tensor([1.0, 0.0]), atol=1e-3, rtol=0)
     truth = []
     for i in range(len(batch)):
         pair = [tiny.run(side[i][None], logits="last").logits[:, -1] for side in (batch.clean, batch.corrupted)]  # type: ignore[index]
@@ -101,6 +103,24 @@ def test_a_report_knows_a_circuit_from_its_complement(make_tiny: Make, store: Ac
     torch.testing.assert_close(whole.minimality, (expected / (whole.whole - whole.nothing)).abs(), rtol=1e-3, atol=1e-3)
     with pytest.raises(UserError, match="no nodes besides"):
         report(model, batch, store, Circuit(graph, torch.zeros(len(graph)).bool(), "nothing"))
+
+
+def test_incompleteness_is_the_mean_difference_without_the_same_random_nodes(
+    tiny: LanguageModel, store: ActivationStore
+) -> None:
+    batch = draw(tiny, n=6)
+    graph = Graph.of(tiny.config)
+    nodes = ["a0.h1", "a1.h0", "a1.h2", "a2.h3", "m0", "m2"]
+    circuit = Circuit(graph, graph.between(nodes), "some")
+    found = report(tiny, batch, store, circuit, subsets=3, random=1, seed=7)
+    generator = torch.Generator().manual_seed(7)
+    differences = []
+    for _ in range(3):
+        removed = {name for name in circuit.nodes if float(torch.rand((), generator=generator)) < 0.5}
+        kept = torch.stack([graph.between(set(some) - removed) for some in (nodes, graph.nodes)])
+        f = faithfulness(tiny, batch, store, graph, kept).value
+        differences.append(abs(float(f[0] - f[1])))
+    assert found.incompleteness == pytest.approx(sum(differences) / 3, abs=1e-4) and found.incompleteness > 0.01
 
 
 def test_random_circuits_have_the_same_make_up(tiny: LanguageModel) -> None:

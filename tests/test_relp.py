@@ -56,6 +56,44 @@ def test_relevance_of_an_mlp_is_conserved(kind: str, make_tiny: Make) -> None:
     assert float((x * slope).sum().detach()) == pytest.approx(float(value.detach()), rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_products_of_attention_are_shared_by_halves(kind: str, make_tiny: Make) -> None:
+    """A value gets half of what it explains in z; a query half of what the scores get, which is half of that."""
+    model = make_tiny(kind)
+    tokens = torch.randint(500, (1, 7), generator=torch.Generator().manual_seed(0))
+    rotated = "attn.hook_rot_q" if block(1, "attn.hook_rot_q") in model.hook_points else "attn.hook_q"
+    v, q, z = (block(1, name) for name in ("attn.hook_v", rotated, "attn.hook_z"))
+    slopes = []
+    for relevance in (False, True):
+        run = model.run(tokens, capture=[v, q, z], logits="none", grad=True, relevance=relevance)
+        direction = torch.randn(run[z].shape, generator=torch.Generator().manual_seed(1))
+        slopes.append(torch.autograd.grad((run[z] * direction).sum(), [run[v], run[q]]))
+    for share, plain, ruled in zip((1 / 2, 1 / 4), *slopes, strict=True):
+        torch.testing.assert_close(ruled, share * plain, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gpt_neox"])
+def test_edges_out_of_a_node_sum_to_its_relevance(kind: str, make_tiny: Make, store: ActivationStore) -> None:
+    """By autograd alone at the nodes' outputs; at the edges through norms of constant scale."""
+    model = make_tiny(kind)
+    batch = draw(model, n=2)
+    hooks = [block(layer, name) for layer in range(3) for name in ("attn.hook_z", "hook_mlp_out")]
+    expected = torch.zeros(15)
+    for i in range(len(batch)):
+        one = batch.select([i])
+        clean = model.run(one.clean[0][None], capture=hooks, logits="last", grad=True, relevance=True)
+        corrupted = model.run(one.corrupted[0][None], capture=hooks)
+        assert clean.logits is not None
+        slopes = torch.autograd.grad(one.score(clean.logits[:, -1]).sum(), [clean[hook] for hook in hooks])
+        rows = []
+        for hook, slope in zip(hooks, slopes, strict=True):
+            effect = (slope * (clean[hook].detach() - corrupted[hook])).sum((0, 1))
+            rows.append(effect.sum(-1) if hook.endswith("z") else effect.sum()[None])
+        expected += torch.cat(rows) / len(batch)
+    found = relp(model, batch, store).nodes("sum")
+    torch.testing.assert_close(found.scores, expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
 def test_blockwise_relevance_is_the_same(
     kind: str, make_tiny: Make, store: ActivationStore, monkeypatch: pytest.MonkeyPatch
