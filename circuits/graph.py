@@ -26,7 +26,7 @@ from torch import Tensor
 
 from workbench.backend import ModelConfig
 from workbench.errors import UserError, unknown
-from workbench.scores import NodeScores, head, mlp
+from workbench.scores import NodeScores, PairScores, head, mlp
 
 INPUT, LOGITS = "input", "logits"
 PORTS = ("q", "k", "v")
@@ -180,6 +180,18 @@ class EdgeScores:
             self.unit,
             headline=dict(self.headline),
         )
+
+    def head_pairs(self) -> PairScores:
+        """The largest absolute score of the edges from one head to another, over its queries, keys and values."""
+        heads = [name for name in self.graph.nodes if "." in name]
+        at = {name: i for i, name in enumerate(heads)}
+        table = torch.zeros(len(heads), len(heads), dtype=self.scores.dtype)
+        for (s, d), score in zip(self.graph.edges.tolist(), self.scores.abs().tolist(), strict=True):
+            sender, receiver = at.get(self.graph.sources[s]), at.get(node_of(self.graph.destinations[d]))
+            if sender is not None and receiver is not None:
+                table[sender, receiver] = max(table[sender, receiver], score)
+        how = "largest absolute score over queries, keys and values; of an edge: "
+        return PairScores.of(heads, table, how + self.definition, self.unit)
 
 
 @dataclass(frozen=True)

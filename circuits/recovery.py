@@ -22,7 +22,7 @@ from torch import Tensor
 
 from circuits.graph import EdgeScores
 from workbench.errors import UserError, unknown
-from workbench.scores import NodeScores
+from workbench.scores import NodeScores, PairScores
 
 NULL_DRAWS = 200
 
@@ -59,7 +59,7 @@ class Recovery:
 
 
 def recovery(
-    scores: NodeScores | EdgeScores,
+    scores: NodeScores | EdgeScores | PairScores,
     truth: Iterable[str],
     *,
     name: str,
@@ -70,14 +70,14 @@ def recovery(
 ) -> Recovery:
     """Hold scores to true items.
 
-    truth     names of the true nodes or edges; name says which list it is
+    truth     names of the true nodes, edges or pairs of heads; name says which list it is
     absolute  rank by absolute value
     among     which items to compare: all, unless told otherwise (heads only, edges between heads only)
     draws     of the bootstrap over items
 
     Raises UserError for a true item that is not scored, and where all or none of the items are true.
     """
-    names = scores.nodes if isinstance(scores, NodeScores) else scores.graph.names
+    names = _items(scores)
     keep = [i for i, item in enumerate(names) if among is None or among(item)]
     true = set(truth)
     for item in true:
@@ -113,6 +113,12 @@ def recovery(
         absolute=absolute,
         seed=seed,
     )
+
+
+def _items(scores: NodeScores | EdgeScores | PairScores) -> tuple[str, ...]:
+    if isinstance(scores, NodeScores):
+        return scores.nodes
+    return scores.pairs if isinstance(scores, PairScores) else scores.graph.names
 
 
 def auc(value: Float[Tensor, " item"], label: Bool[Tensor, " item"]) -> float:

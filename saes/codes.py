@@ -16,7 +16,8 @@ for a head with many codes even if labels are shuffled. `mode="fixed"` repairs e
   lam * d_model / 2, so otherwise it is the unit of the activations that decides how much is silent. The score stays
   entangled with the norm of a head: one much quieter than the average has no codes;
 - pairs of prompts that trained the SAE are not scored;
-- the score is (u_h - mean) / std over label swaps *within* pairs of clean and corrupted prompt. The two prompts of a
+- the score is (u_h - mean) / std over label swaps *within* pairs of clean and corrupted prompt, the labels as they
+  are being one of the swaps. The two prompts of a
   pair share a template, so under the null only the members of a pair are exchangeable. Shuffling all labels would put
   both on one side, call template-specific codes unique, and give every head that reads the template a null too high.
 
@@ -57,7 +58,7 @@ from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.prompts import Batch
 from workbench.registry import analysis
-from workbench.scores import NodeScores
+from workbench.scores import NodeScores, PairScores
 
 NONE = -1
 CHUNK = 64  # prompts whose activations are held at once
@@ -66,6 +67,7 @@ Mode = Literal["paper", "fixed"]
 Encoder = Literal["sae", "kmeans", "probe"]
 Statistic = Literal["unique", "information"]
 PROBE_BINS = 20
+PAIR_SWAPS = 20  # as many tables of all pairs of heads, so fewer than for heads
 
 
 class DiscreteSAE(NamedTuple):
@@ -104,6 +106,8 @@ class CodeScores:
     codes_used   how many different codes a head has
     none         share of prompts on which no latent of a head fires (in "paper" they are merged with code 0)
     pairs        U[h1, h2], pairs of codes seen together on clean prompts only; None unless asked for
+    edges        of these, heads of an earlier and a later layer, scored by U in "paper" and by z in "fixed": a real
+                 edge score, which the paper's "edge level" is not (see `fold_back`); None unless asked for
     loss, fvu    of the SAE on the rows it was trained on: final loss, fraction of variance unexplained; of k-means its
                  squared error; NaN for probe codes, which reconstruct nothing
     """
@@ -116,6 +120,7 @@ class CodeScores:
     codes_used: Float[Tensor, " head"]
     none: Float[Tensor, " head"]
     pairs: Float[Tensor, "head head"] | None
+    edges: PairScores | None
     loss: Float[Tensor, " trial"]
     fvu: Float[Tensor, " trial"]
 
@@ -142,7 +147,7 @@ class CodeScores:
         return out
 
 
-@analysis("sae-codes", version=1, n=250)
+@analysis("sae-codes", version=2, n=250)
 def sae_codes(
     model: LanguageModel,
     batch: Batch,
@@ -211,6 +216,7 @@ def sae_codes(
         **{key: mean[key] for key in ("raw", "normalised", "z", "codes_used", "none")},
         std=every[which].std(0, correction=0),
         pairs=mean.get("pairs"),
+        edges=_edges(nodes, mean, mode, definition) if pairs else None,
         loss=every["loss"],
         fvu=every["fvu"],
     )
@@ -221,7 +227,7 @@ def trial(x: Float[Tensor, "example head d_model"], settings: TrialSettings, gen
     n = len(x) // 2
     train, scored = split(n, settings.examples, settings.mode, generator)
     rows = x[train].flatten(0, 1)
-    table, quality = _table(x, train, rows, settings, generator)
+    table, quality = assign(x, train, rows, settings, generator)
     none = (table[torch.cat([scored, scored + n])] == NONE).double().mean(0)
     if settings.mode == "paper":
         table = table.clamp(min=0)  # argmax over zeros is 0
@@ -229,10 +235,21 @@ def trial(x: Float[Tensor, "example head d_model"], settings: TrialSettings, gen
     out = score_codes(clean, corrupted, settings.latents, settings.permutations, generator, settings.statistic)
     if settings.pairs:
         out["pairs"] = pair_scores(clean, corrupted, settings.latents).double()
+        if settings.mode == "fixed":
+            out["pairs_z"] = _pairs_z(clean, corrupted, settings.latents, generator)
     return out | {"none": none} | quality
 
 
-def _table(
+def _edges(nodes: Sequence[str], mean: dict[str, Tensor], mode: Mode, definition: str) -> PairScores:
+    table, unit = (mean["pairs"], "pairs of codes") if mode == "paper" else (mean["pairs_z"], "standard deviations")
+    null = f", z-scored against {PAIR_SWAPS} label swaps within pairs" if mode == "fixed" else ""
+    return PairScores.of(
+        nodes, table, f"pairs of codes that two heads have together on clean and never on corrupted prompts{null}; "
+        f"heads: {definition}", unit,
+    )  # fmt: skip
+
+
+def assign(
     x: Float[Tensor, "example head d_model"],
     train: Int[Tensor, " trained"],
     rows: Float[Tensor, "row d_model"],
@@ -255,20 +272,28 @@ def _table(
 # ---- data ----
 
 
-def head_outputs(
+def pooled_z(
     model: LanguageModel, store: ActivationStore, sequences: Sequence[Int[Tensor, "_"]], position: str
-) -> Float[Tensor, "example head d_model"]:
-    """What each head writes, averaged over positions or at the last one; heads in the order a0.h0, a0.h1, ..."""
+) -> Float[Tensor, "layer example head d_head"]:
+    """`hook_z` of each head, averaged over positions or at the last one."""
     hooks = [sites.block(layer, "attn.hook_z") for layer in range(model.config.n_layers)]
     out = []
     for start in range(0, len(sequences), CHUNK):
         found = store.get(model, sequences[start : start + CHUNK], hooks)
-        layers = []
-        for layer, hook in enumerate(hooks):
-            # Pooled before W_O: the map is linear, and z is d_head wide instead of d_model.
-            z = torch.stack([one.float().mean(0) if position == "mean" else one[-1].float() for one in found[hook]])
-            layers.append(model.head_results(layer, z.to(model.device, model.dtype)).float())
-        out.append(torch.cat(layers, dim=1))
+        each = [[one.float().mean(0) if position == "mean" else one[-1].float() for one in found[h]] for h in hooks]
+        out.append(torch.stack([torch.stack(layer) for layer in each]).to(model.device, model.dtype))
+    return torch.cat(out, 1)
+
+
+def head_outputs(
+    model: LanguageModel, store: ActivationStore, sequences: Sequence[Int[Tensor, "_"]], position: str
+) -> Float[Tensor, "example head d_model"]:
+    """What each head writes, averaged over positions or at the last one; heads in the order a0.h0, a0.h1, ..."""
+    z = pooled_z(model, store, sequences, position)  # pooled before W_O: the map is linear, and z is d_head wide
+    out = []
+    for start in range(0, len(sequences), CHUNK):
+        some = z[:, start : start + CHUNK]
+        out.append(torch.cat([model.head_results(layer, one).float() for layer, one in enumerate(some)], 1))
     return torch.cat(out)
 
 
@@ -378,10 +403,14 @@ def score_codes(
     only, used = unique_codes(clean, corrupted, n_codes, swaps)
     raw = only[0]
     both = only if statistic == "unique" else information(clean, corrupted, n_codes, swaps)
-    real, null = both[0], both[1:]
-    std = null.std(0, correction=0)
-    z = torch.where(std > 0, (real - null.mean(0)) / std, 0)
-    return {"raw": raw, "normalised": raw / used.clamp(min=1), "z": z, "codes_used": used}
+    return {"raw": raw, "normalised": raw / used.clamp(min=1), "z": z_score(both), "codes_used": used}
+
+
+def z_score(swapped: Float[Tensor, "permutation *any"]) -> Float[Tensor, "*any"]:
+    """The first row against all rows. It is one of the permutations itself, as in any permutation test: a statistic that
+    no swap ever reaches then scores sqrt(permutations) instead of having no spread to be measured by."""
+    std = swapped.std(0, correction=0)
+    return torch.where(std > 0, (swapped[0] - swapped.mean(0)) / std, 0)
 
 
 def unique_codes(
@@ -426,16 +455,25 @@ def information(
 # ---- pairs of heads ----
 
 
+def _pairs_z(
+    clean: Int[Tensor, "pair head"], corrupted: Int[Tensor, "pair head"], n_codes: int, generator: Generator
+) -> Float[Tensor, "head head"]:
+    """U against swaps of the labels within pairs of prompts."""
+    tables = [pair_scores(clean, corrupted, n_codes).double()]
+    for _ in range(PAIR_SWAPS):
+        swap = (torch.rand(len(clean), 1, generator=generator) < 0.5).to(clean.device)
+        tables.append(pair_scores(clean.where(~swap, corrupted), corrupted.where(~swap, clean), n_codes).double())
+    return z_score(torch.stack(tables))
+
+
 def pair_scores(
     clean: Int[Tensor, "example head"],
     corrupted: Int[Tensor, "example head"],
     n_codes: int,
-    layers: Int[Tensor, " head"] | None = None,
 ) -> Int[Tensor, "head head"]:
     """U[h1, h2]: pairs of codes that two heads have together on some clean and no corrupted example.
 
-    Symmetric, as published: neither direction nor layer is used. With `layers`, only U[h1, h2] with h1 in an earlier
-    layer than h2 is kept: what a real edge h1 -> h2 could be scored by.
+    Symmetric, as published: neither direction nor layer is used.
     """
     both = torch.cat([clean, corrupted])
     label = (torch.arange(len(both), device=both.device) >= len(clean))[:, None]
@@ -448,8 +486,7 @@ def pair_scores(
         joint, is_corrupted = key // 2, key % 2
         last = torch.cat([joint[1:] != joint[:-1], torch.ones_like(joint[:1], dtype=torch.bool)])
         out[h, h + 1 :] = (last & (is_corrupted == 0) & (joint < n_codes**2)).sum(0)
-    out = out + out.T
-    return out if layers is None else out * (layers[:, None] < layers[None, :])
+    return out + out.T
 
 
 def fold_back(pairs: Real[Tensor, "head head"], k: int | None = None) -> Int[Tensor, " head"]:

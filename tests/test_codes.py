@@ -22,7 +22,7 @@ from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.prompts import Batch, sample
-from workbench.scores import NodeScores, head_auc
+from workbench.scores import NodeScores, PairScores, head_auc
 
 CLEAN = torch.tensor([[1, 5, NONE], [2, 5, 7]])
 CORRUPTED = torch.tensor([[1, 6, NONE], [3, 5, NONE]])
@@ -56,8 +56,8 @@ def test_pair_scores_and_fold_back_of_four_prompts_by_hand() -> None:
     # Heads 0, 1: (1,5) (2,5) against (1,6) (3,5). Head 2 speaks once, with 2 and with 5.
     pairs = codes.pair_scores(CLEAN, CORRUPTED, 8)
     assert pairs.tolist() == [[0, 2, 1], [2, 0, 1], [1, 1, 0]]
-    forward = codes.pair_scores(CLEAN, CORRUPTED, 8, layers=torch.tensor([0, 0, 1]))
-    assert forward.tolist() == [[0, 0, 1], [0, 0, 1], [0, 0, 0]]
+    forward = PairScores.of(["a0.h0", "a0.h1", "a1.h0"], pairs.float(), "", "")
+    assert dict(zip(forward.pairs, forward.scores.tolist(), strict=True)) == {"a0.h0->a1.h0": 1, "a0.h1->a1.h0": 1}
     # Ordered pairs, best first: (0,1) (1,0) (0,2) (1,2) (2,0) (2,1); nine heads squared halved are 4 endpoints.
     assert codes.fold_back(pairs).tolist() == [2, 2, 0]
     assert codes.fold_back(pairs, k=5).tolist() == [3, 2, 0]
@@ -288,11 +288,15 @@ def test_the_seed_decides_everything(
         codes.sae_codes(tiny, batch, store, mode=mode, pairs=True, sae_seed=seed, **SMALL) for seed in (0, 0, 1)
     )
     for field in fields(first):
-        if field.name != "scores":
+        if field.name not in ("scores", "edges"):
             assert torch.equal(getattr(first, field.name), getattr(again, field.name)), field.name
     assert not torch.equal(first.loss, other.loss)
     assert torch.equal(first.scores.scores, first.raw if mode == "paper" else first.z)
     assert first.scores.nodes[5] == "a1.h1"
+    assert first.edges is not None and first.pairs is not None
+    at = first.edges.pairs.index("a0.h3->a2.h1")
+    assert len(first.edges.pairs) == 3 * 16  # three layers of four heads
+    assert mode == "fixed" or first.edges.scores[at] == first.pairs[3, 9]
     assert {"none_rate", "trials", "mean_std_over_trials", "top_heads", "top_pairs"} <= first.summary().keys()
 
 
@@ -312,6 +316,26 @@ def test_too_few_pairs_are_refused(tiny: LanguageModel, batch: Batch, store: Act
 def test_a_saved_run_reads_back(tiny_folder: str) -> None:
     run = runs.run("sae-codes", model=tiny_folder, task="ioi", n=8, pairs=True, **SMALL)
     assert run.result.summary()["trials"] == 2
+
+
+def test_pairs_of_heads_that_carry_the_label_together_stand_out_from_swaps() -> None:
+    """Neither head tells clean from corrupted alone: their codes agree on clean prompts and differ on corrupted."""
+    bits = torch.randint(2, (60, 6), generator=rng())
+    clean, corrupted = bits.clone(), bits.clone()
+    clean[:, 1] = clean[:, 0]
+    corrupted[:, 1] = 1 - corrupted[:, 0]
+    z = codes._pairs_z(clean, corrupted, 2, rng(1))
+    off = ~torch.eye(6, dtype=torch.bool)
+    assert z[0, 1] > 4 and z[0, 1] == z[1, 0] == z[off].max()
+    torch.testing.assert_close(z, z.T)
+
+
+def test_a_head_that_says_one_thing_on_clean_and_another_on_corrupted_prompts_scores_highest() -> None:
+    """No swap gives it a unique code: without the real labels among the swaps its null would have no spread."""
+    clean, corrupted = torch.zeros(40, 2, dtype=torch.long), torch.ones(40, 2, dtype=torch.long)
+    clean[:, 1], corrupted[:, 1] = torch.randint(5, (2, 40), generator=rng())
+    z = codes.score_codes(clean, corrupted, 8, 100, rng(1))["z"]
+    assert z[0] == pytest.approx(10) and z[1] < 3
 
 
 # ---- information ----

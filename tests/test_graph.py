@@ -26,6 +26,21 @@ def circuit(graph: Graph, *edges: str) -> Circuit:
     return Circuit(graph, kept, "by hand", weights=kept.float())
 
 
+def test_pairs_of_heads_take_the_best_port() -> None:
+    graph = transformer(2, 2)
+    values = torch.zeros(len(graph))
+    for name, value in {
+        "a0.h1->a1.h0<k>": -3.0,
+        "a0.h1->a1.h0<v>": 2.0,
+        "a0.h0->m1": 9.0,
+        "input->a1.h0<q>": 9,
+    }.items():
+        values[graph.index[name]] = value
+    found = EdgeScores(graph, values, "by hand", "none").head_pairs()
+    pairs = dict(zip(found.pairs, found.scores.tolist(), strict=True))
+    assert pairs == {"a0.h0->a1.h0": 0, "a0.h0->a1.h1": 0, "a0.h1->a1.h0": 3, "a0.h1->a1.h1": 0}
+
+
 def test_the_graph_of_gpt2_small_is_that_of_eap_ig() -> None:
     """158 nodes and 32,491 edges, as in its published file."""
     graph = transformer(12, 12)

@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 
 from circuits.recovery import auc, balanced, recovery, stability, standardised
 from workbench.errors import UserError
-from workbench.scores import NodeScores
+from workbench.scores import NodeScores, PairScores
 
 HEADS = tuple(f"a{layer}.h{h}" for layer in range(12) for h in range(12))
 
@@ -55,6 +55,14 @@ def test_the_null_is_one_half_and_the_interval_holds_the_value() -> None:
     assert found.auc_low < found.auc < found.auc_high
     perfect = recovery(scored(torch.arange(144.0)), HEADS[-26:], name="t")
     assert perfect.auc == perfect.auc_low == perfect.f1_at_n == perfect.average_precision == 1
+
+
+def test_pairs_of_heads_are_recovered_like_nodes() -> None:
+    table = random(9).reshape(3, 3)
+    pairs = PairScores.of(["a0.h0", "a0.h1", "a1.h0"], table, "by hand", "none")
+    assert pairs.pairs == ("a0.h0->a1.h0", "a0.h1->a1.h0") and torch.equal(pairs.scores, table[:2, 2])
+    best = pairs.pairs[int(pairs.scores.abs().argmax())]
+    assert recovery(pairs, [best], name="t").auc == 1
 
 
 def test_absolute_scores_find_what_hurts() -> None:

@@ -135,6 +135,20 @@ def test_greater_than_parts_the_hundred_years_at_the_first() -> None:
     assert starts == set(range(2, 99))
 
 
+def test_greater_than_century_changes_the_first_century_alone() -> None:
+    """Clean and corrupted prompts vary alike: the same years, and as many centuries."""
+    first: dict[str, set[str]] = {"clean": set(), "corrupted": set()}
+    for prompt in draws("greater_than_century", 2000):
+        texts = {"clean": prompt.clean, "corrupted": prompt.corrupted}
+        parts = {name: re.findall(r"(\d\d)(\d\d)|year (\d\d)$", text) for name, text in texts.items()}
+        (start, year, _), (_, _, last) = parts["clean"]
+        assert start == last and all(int(end) > int(year) for end in prompt.answers)
+        assert parts["corrupted"] == [(str(int(start) - 1), year, ""), ("", "", last)]
+        for name in first:
+            first[name].add(parts[name][0][0])
+    assert len(first["clean"]) == len(first["corrupted"]) == 8
+
+
 # ---- docstring ----
 
 

@@ -7,7 +7,7 @@ effect of removing the node, and says in words how it was computed: a number wit
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +75,27 @@ class NodeScores:
     def top(self, k: int) -> list[tuple[str, float]]:
         """The k heads of largest absolute score."""
         return sorted(self.heads().items(), key=lambda item: -abs(item[1]))[:k]
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """One score per ordered pair of heads of which the first lies in an earlier layer: `a0.h1->a2.h3`.
+
+    The common measure of methods that score head-to-head edges with ports (queries, keys, values) and without.
+    """
+
+    pairs: tuple[str, ...]
+    scores: Float[Tensor, " pair"]
+    definition: str
+    unit: str
+
+    @classmethod
+    def of(cls, heads: Sequence[str], table: Float[Tensor, "head head"], definition: str, unit: str) -> PairScores:
+        """From a table [sender, receiver] of all heads; entries that are no ordered pair are left out."""
+        layers = torch.tensor([int(name[1 : name.index(".")]) for name in heads])
+        ends = (layers[:, None] < layers[None, :]).nonzero()
+        names = tuple(f"{heads[i]}->{heads[j]}" for i, j in ends.tolist())
+        return cls(names, table[ends[:, 0], ends[:, 1]], definition, unit)
 
 
 def rank_agreement(a: NodeScores, b: NodeScores) -> float:
