@@ -407,8 +407,8 @@ def score_codes(
 
 
 def z_score(swapped: Float[Tensor, "permutation *any"]) -> Float[Tensor, "*any"]:
-    """The first row against all rows. It is one of the permutations itself, as in any permutation test: a statistic that
-    no swap ever reaches then scores sqrt(permutations) instead of having no spread to be measured by."""
+    """The first row against all rows. It is one of the permutations itself, as in any permutation test: a statistic
+    that no swap ever reaches then scores sqrt(permutations) instead of having no spread to be measured by."""
     std = swapped.std(0, correction=0)
     return torch.where(std > 0, (swapped[0] - swapped.mean(0)) / std, 0)
 
