@@ -17,11 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuits import evaluate
+from circuits.evaluate import Judged
 from circuits.graph import EdgeScores
 from circuits.known import Known
 from circuits.known import get as known_circuit
 from circuits.recovery import recovery
-from circuits.writes import Ablation
 from workbench import registry, scores
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
@@ -69,7 +69,7 @@ def compare(
     methods: str = METHODS,
     truth: str = "none",
     at_least: float = 0.9,
-    ablation: Ablation = "resample",
+    ablation: Judged = "resample",
     edges: bool = True,
 ) -> Comparison:
     """Run several discovery methods with their default parameters and judge them on held-out prompts.
@@ -77,7 +77,7 @@ def compare(
     methods   names of analyses, separated by commas
     truth     a published circuit to hold the heads to (its name in circuits.known), or none
     at_least  faithfulness that a circuit must reach on held-out prompts
-    ablation  of everything outside a circuit when it is judged
+    ablation  of everything outside a circuit when it is judged; optimal fits constants on the finding half
     edges     also judge circuits of edges, for methods that score them
     """
     names = tuple(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
@@ -98,9 +98,9 @@ def compare(
         seconds, passes = time.perf_counter() - started, model.forward_passes - passes
         heads = _heads(name, found)
         by_head.append(heads)
-        row = _judge(model, judge, store, heads, "heads", at_least, ablation)
+        row = _judge(model, judge, find, store, heads, "heads", at_least, ablation)
         if edges and isinstance(found, EdgeScores):
-            row |= _judge(model, judge, store, found, "edges", at_least, ablation)
+            row |= _judge(model, judge, find, store, found, "edges", at_least, ablation)
         if known is not None:
             against = recovery(heads, known.heads, name=str(known))
             row |= {"auc": against.auc, "auc_low": against.auc_low, "auc_high": against.auc_high}
@@ -151,12 +151,13 @@ def _heads(name: str, found: object) -> NodeScores:
 def _judge(
     model: LanguageModel,
     batch: Batch,
+    fit: Batch,
     store: ActivationStore,
     found: NodeScores | EdgeScores,
     level: str,
     at_least: float,
-    ablation: Ablation,
+    ablation: Judged,
 ) -> dict[str, float | None]:
-    size, reached = evaluate.smallest(model, batch, store, found, at_least=at_least, ablation=ablation)
-    drawn = evaluate.curve(model, batch, store, found, ablation=ablation)
+    size, reached = evaluate.smallest(model, batch, store, found, at_least=at_least, ablation=ablation, fit=fit)
+    drawn = evaluate.curve(model, batch, store, found, ablation=ablation, fit=fit)
     return {level: float(size), f"{level}_f": reached, f"{level}_cmd": drawn.area}

@@ -7,8 +7,10 @@ With m the task's metric averaged over prompts, M the whole model, C a circuit a
     incompleteness    = mean over random K in C of |f(C without K) - f(M without K)|      (Wang et al. 2022, section 4)
     minimality of v   = |f(C without v) - f(C)|                  a node whose removal changes nothing does not belong
 
-Parts outside a circuit are ablated: what that means (zero, mean, resample) changes every number (Miller et al. 2024),
-so it is a parameter and stands in every definition. Cutting is by edge; a node that is left out has all its edges cut.
+Parts outside a circuit are ablated: what that means (zero, mean, resample, optimal) changes every number (Miller et al.
+2024), so it is a parameter and stands in every definition. `optimal` (circuits/optimal.py) needs prompts of its own to
+fit its constants on, `fit`, and takes about a hundred passes per circuit. Cutting is by edge; a node that is left out
+has all its edges cut.
 
 Curves are MIB's (Mueller et al. 2025): at ten sizes from 0.1 % to all edges, CMD is the area between the curve and 1
 with edges ranked by absolute score, CPR the area under it with edges ranked by signed score. CPR has no upper bound
@@ -19,21 +21,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits import wiring
+from circuits import optimal, wiring
 from circuits.graph import Circuit, EdgeScores, Graph, top_edges
-from circuits.writes import Ablation
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.prompts import Batch
 from workbench.scores import NodeScores
 
+Judged = Literal["resample", "mean", "zero", "optimal"]
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # MIB's
 BOOTSTRAP = 1000
 
@@ -63,18 +65,27 @@ def faithfulness(
     graph: Graph,
     kept: Bool[Tensor, "circuit edge"],
     *,
-    ablation: Ablation = "resample",
+    ablation: Judged = "resample",
+    fit: Batch | None = None,
     seed: int = 0,
 ) -> Faithfulness:
     """Run the model with only some edges.
 
-    Raises UserError where the whole model and the empty circuit do equally well, so that there is nothing to explain.
+    fit  prompts that optimal ablation fits its constants on; none of those that judge
+
+    Raises UserError for optimal ablation without them, and where the whole model and the empty circuit do equally well,
+    so that there is nothing to explain.
     """
     ends = torch.stack([torch.ones(len(graph)), torch.zeros(len(graph))])
     flat = torch.cat([kept.float(), ends])
     keep = torch.zeros(len(flat), len(graph.sources), len(graph.destinations))
     keep[:, graph.edges[:, 0], graph.edges[:, 1]] = flat
-    found = wiring.metric(model, batch, store, keep, ablation).double()
+    if ablation != "optimal":
+        found = wiring.metric(model, batch, store, keep, ablation).double()
+    elif fit is None:
+        raise UserError("optimal ablation fits its constants on prompts that judge nothing; pass them as fit=.")
+    else:
+        found = optimal.metric(model, batch, fit, store, keep).double()
     circuits, whole, nothing = found[:-2], found[-2], found[-1]
     gap = float(whole.mean() - nothing.mean())
     spread = float((whole - nothing).std()) if len(batch) > 1 else 0.0
@@ -155,7 +166,8 @@ def curve(
     scores: EdgeScores | NodeScores,
     *,
     absolute: bool = True,
-    ablation: Ablation = "resample",
+    ablation: Judged = "resample",
+    fit: Batch | None = None,
     fractions: Sequence[float] = FRACTIONS,
 ) -> Curve:
     """Faithfulness of the best-scored edges, or nodes with all edges between them, at several sizes."""
@@ -163,7 +175,7 @@ def curve(
     total = len(scores.scores)
     sizes = [int(fraction * total) for fraction in fractions]
     kept = torch.stack([_best(graph, scores, n, absolute) for n in sizes])
-    found = faithfulness(model, batch, store, graph, kept, ablation=ablation)
+    found = faithfulness(model, batch, store, graph, kept, ablation=ablation, fit=fit)
     level = "edges" if isinstance(scores, EdgeScores) else "nodes"
     ranked = "absolute score" if absolute else "score"
     return Curve(
@@ -186,7 +198,8 @@ def smallest(
     scores: EdgeScores | NodeScores,
     *,
     at_least: float = 0.9,
-    ablation: Ablation = "resample",
+    ablation: Judged = "resample",
+    fit: Batch | None = None,
 ) -> tuple[int, float]:
     """Size and faithfulness of the smallest circuit of best-scored items with faithfulness of at least `at_least` and
     at most 2 - at_least: an overshoot is as far from the model.
@@ -199,7 +212,7 @@ def smallest(
 
     def good(sizes: Sequence[int]) -> list[bool]:
         kept = torch.stack([_best(graph, scores, n, True) for n in sizes])
-        found = faithfulness(model, batch, store, graph, kept, ablation=ablation)
+        found = faithfulness(model, batch, store, graph, kept, ablation=ablation, fit=fit)
         tried.update(zip(sizes, found.value.tolist(), strict=True))
         return [at_least <= tried[n] <= 2 - at_least for n in sizes]
 
@@ -284,7 +297,8 @@ def report(
     store: ActivationStore,
     circuit: Circuit,
     *,
-    ablation: Ablation = "resample",
+    ablation: Judged = "resample",
+    fit: Batch | None = None,
     subsets: int = 20,
     random: int = 20,
     seed: int = 0,
@@ -301,7 +315,7 @@ def report(
     for some in picks:
         kept += [circuit.kept & without(set(some)), without(set(some))]
     kept += [_random_like(circuit, generator) for _ in range(random)]
-    found = faithfulness(model, batch, store, graph, torch.stack(kept), ablation=ablation, seed=seed)
+    found = faithfulness(model, batch, store, graph, torch.stack(kept), ablation=ablation, fit=fit, seed=seed)
     f = found.value
     first = 2 + len(nodes)
     pairs = f[first : first + 2 * subsets].unflatten(0, (subsets, 2))

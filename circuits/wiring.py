@@ -16,6 +16,7 @@ the positions before clean and corrupted prompt first differ.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 
 import torch
@@ -54,6 +55,12 @@ class Wiring:
         self.ablated = writes.of(writes.ablated, at)  # [source, batch, pos, d_model]
         self.clean = writes.of(writes.clean, at)
         self.past = stored_past(model, store, batch.clean, writes.prefix)
+
+    def replaced(self, constants: Float[Tensor, "source d_model"]) -> Wiring:
+        """The same prompts, where every cut edge carries one vector per source, whatever the prompt and position."""
+        other = copy(self)
+        other.ablated = constants[:, None, None].expand_as(self.ablated)
+        return other
 
     def max_copies(self) -> int:
         """How many copies run together within the memory budget."""
