@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from sklearn.metrics import mutual_info_score
 from torch import Generator, Tensor
 
-from saes import codes, controls
-from saes.codes import NONE, DiscreteSAE, TrialSettings
+from saes import code_statistics, codes, controls
+from saes.code_statistics import NONE
+from saes.codes import DiscreteSAE, TrialSettings
 from workbench import registry, runs, scores
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
@@ -46,7 +47,7 @@ def no_swap(n: int) -> Tensor:
 
 def test_head_scores_of_four_prompts_by_hand() -> None:
     # Head 0 has {1, 2} against {1, 3}, head 1 {5} against {5, 6}, head 2 {7} against nothing at all.
-    found = codes.score_codes(CLEAN, CORRUPTED, 8, 4, rng())
+    found = code_statistics.score_codes(CLEAN, CORRUPTED, 8, 4, rng())
     assert found["raw"].tolist() == [1, 0, 1]
     assert found["codes_used"].tolist() == [3, 2, 1]
     assert found["normalised"].tolist() == pytest.approx([1 / 3, 0, 1])
@@ -54,30 +55,30 @@ def test_head_scores_of_four_prompts_by_hand() -> None:
 
 def test_pair_scores_and_fold_back_of_four_prompts_by_hand() -> None:
     # Heads 0, 1: (1,5) (2,5) against (1,6) (3,5). Head 2 speaks once, with 2 and with 5.
-    pairs = codes.pair_scores(CLEAN, CORRUPTED, 8)
+    pairs = code_statistics.pair_scores(CLEAN, CORRUPTED, 8)
     assert pairs.tolist() == [[0, 2, 1], [2, 0, 1], [1, 1, 0]]
     forward = PairScores.of(["a0.h0", "a0.h1", "a1.h0"], pairs.float(), "", "")
     assert dict(zip(forward.pairs, forward.scores.tolist(), strict=True)) == {"a0.h0->a1.h0": 1, "a0.h1->a1.h0": 1}
     # Ordered pairs, best first: (0,1) (1,0) (0,2) (1,2) (2,0) (2,1); nine heads squared halved are 4 endpoints.
-    assert codes.fold_back(pairs).tolist() == [2, 2, 0]
-    assert codes.fold_back(pairs, k=5).tolist() == [3, 2, 0]
+    assert code_statistics.fold_back(pairs).tolist() == [2, 2, 0]
+    assert code_statistics.fold_back(pairs, k=5).tolist() == [3, 2, 0]
     # Ties in row order; a head and itself is no pair, so there are 12 endpoints, however many are asked for.
-    assert codes.fold_back(torch.zeros(3, 3), k=4).tolist() == [2, 1, 1]
-    assert codes.fold_back(torch.zeros(3, 3), k=99).tolist() == [4, 4, 4]
+    assert code_statistics.fold_back(torch.zeros(3, 3), k=4).tolist() == [2, 1, 1]
+    assert code_statistics.fold_back(torch.zeros(3, 3), k=99).tolist() == [4, 4, 4]
 
 
 def test_counts_equal_python_sets_under_every_swap() -> None:
     n, heads, n_codes = 12, 5, 6
     clean, corrupted = torch.randint(NONE, n_codes, (2, n, heads), generator=rng())
     swaps = torch.rand(20, n, generator=rng(1)) < 0.5
-    only, used = codes.unique_codes(clean, corrupted, n_codes, swaps)
+    only, used = code_statistics.unique_codes(clean, corrupted, n_codes, swaps)
     for s, swap in enumerate(swaps):
         left = torch.where(swap[:, None], corrupted, clean).tolist()
         right = torch.where(swap[:, None], clean, corrupted).tolist()
         for h in range(heads):
             p, q = ({row[h] for row in rows} - {NONE} for rows in (left, right))
             assert (int(only[s, h]), int(used[h])) == (len(p - q), len(p | q))
-    pairs = codes.pair_scores(clean, corrupted, n_codes)
+    pairs = code_statistics.pair_scores(clean, corrupted, n_codes)
     for a in range(heads):
         for b in range(heads):
             p, q = ({(r[a], r[b]) for r in rows.tolist() if NONE not in (r[a], r[b])} for rows in (clean, corrupted))
@@ -119,31 +120,31 @@ def test_shuffled_labels_leave_z_at_chance(kind: str) -> None:
     total = 0.0
     for seed in range(20):
         clean, corrupted, kinds = shuffled_labels(seed)
-        total += auc(codes.score_codes(clean, corrupted, 120, 200, rng(100 + seed))["z"], kinds[kind])
+        total += auc(code_statistics.score_codes(clean, corrupted, 120, 200, rng(100 + seed))["z"], kinds[kind])
     assert 0.45 < total / 20 < 0.55
 
 
 def test_shuffled_labels_do_not_leave_raw_counts_at_chance() -> None:
     """The flaw that the null is for: a head with many codes always has more that happen to be on one side."""
     clean, corrupted, kinds = shuffled_labels(0)
-    assert auc(codes.score_codes(clean, corrupted, 120, 10, rng())["raw"], kinds["many codes"]) > 0.9
+    assert auc(code_statistics.score_codes(clean, corrupted, 120, 10, rng())["raw"], kinds["many codes"]) > 0.9
 
 
 def test_a_null_that_ignores_pairs_would_be_wrong() -> None:
     """Why labels are swapped within pairs: free shuffling puts a template's two prompts on one side."""
     clean, corrupted, kinds = shuffled_labels(0)
-    raw = codes.score_codes(clean, corrupted, 120, 10, rng())["raw"]
+    raw = code_statistics.score_codes(clean, corrupted, 120, 10, rng())["raw"]
     both, generator, null = torch.cat([clean, corrupted]), rng(1), []
     for _ in range(100):
         left, right = both[torch.randperm(len(both), generator=generator)].chunk(2)
-        null.append(codes.unique_codes(left, right, 120, no_swap(len(left)))[0][0])
+        null.append(code_statistics.unique_codes(left, right, 120, no_swap(len(left)))[0][0])
     mean, std = torch.stack(null).mean(0), torch.stack(null).std(0)
     assert auc((raw - mean) / std.clamp(min=1e-9), kinds["template"]) < 0.2
 
 
 def test_z_is_zero_where_the_null_does_not_vary() -> None:
     same = torch.tensor([[0], [1], [2]])  # both prompts of a pair always agree
-    assert codes.score_codes(same, same, 3, 50, rng())["z"].tolist() == [0]
+    assert code_statistics.score_codes(same, same, 3, 50, rng())["z"].tolist() == [0]
 
 
 # ---- the SAE ----
@@ -324,7 +325,7 @@ def test_pairs_of_heads_that_carry_the_label_together_stand_out_from_swaps() -> 
     clean, corrupted = bits.clone(), bits.clone()
     clean[:, 1] = clean[:, 0]
     corrupted[:, 1] = 1 - corrupted[:, 0]
-    z = codes._pairs_z(clean, corrupted, 2, rng(1))
+    z = code_statistics.pairs_z(clean, corrupted, 2, rng(1))
     off = ~torch.eye(6, dtype=torch.bool)
     assert z[0, 1] > 4 and z[0, 1] == z[1, 0] == z[off].max()
     torch.testing.assert_close(z, z.T)
@@ -334,7 +335,7 @@ def test_a_head_that_says_one_thing_on_clean_and_another_on_corrupted_prompts_sc
     """No swap gives it a unique code: without the real labels among the swaps its null would have no spread."""
     clean, corrupted = torch.zeros(40, 2, dtype=torch.long), torch.ones(40, 2, dtype=torch.long)
     clean[:, 1], corrupted[:, 1] = torch.randint(5, (2, 40), generator=rng())
-    z = codes.score_codes(clean, corrupted, 8, 100, rng(1))["z"]
+    z = code_statistics.score_codes(clean, corrupted, 8, 100, rng(1))["z"]
     assert z[0] == pytest.approx(10) and z[1] < 3
 
 
@@ -344,7 +345,7 @@ def test_a_head_that_says_one_thing_on_clean_and_another_on_corrupted_prompts_sc
 def test_information_of_codes_by_hand_and_against_scikit_learn() -> None:
     clean = torch.tensor([[0, 1, NONE, 3], [0, 2, NONE, 1], [0, 1, NONE, 3], [0, 2, 5, 2]])
     corrupted = torch.tensor([[1, 1, NONE, 3], [1, 2, NONE, 3], [2, 1, NONE, 1], [3, 2, NONE, 0]])
-    found = codes.information(clean, corrupted, 6, no_swap(4))[0]
+    found = code_statistics.information(clean, corrupted, 6, no_swap(4))[0]
     assert found[0] == pytest.approx(1) and found[1] == pytest.approx(0)  # nothing in common; the same
     label = [1] * 4 + [0] * 4
     for h in range(4):
@@ -354,8 +355,8 @@ def test_information_of_codes_by_hand_and_against_scikit_learn() -> None:
 
 def test_a_head_that_always_says_one_other_thing_is_found_by_information_and_not_by_counting() -> None:
     clean, corrupted = torch.zeros(40, 1, dtype=torch.long), torch.arange(40)[:, None] % 20 + 1
-    counted = codes.score_codes(clean, corrupted, 30, 200, rng())
-    informed = codes.score_codes(clean, corrupted, 30, 200, rng(), "information")
+    counted = code_statistics.score_codes(clean, corrupted, 30, 200, rng())
+    informed = code_statistics.score_codes(clean, corrupted, 30, 200, rng(), "information")
     assert float(counted["z"]) < -2 and float(informed["z"]) > 2
 
 
