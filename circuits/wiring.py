@@ -10,7 +10,8 @@ and 1, and gradients reach it. All edges kept is the model; all cut is the ablat
 that is the ablation).
 
 Many ways of cutting are run together as copies of one batch. Layers up to the first cut come from the store, and so do
-the positions before clean and corrupted prompt first differ.
+the positions before clean and corrupted prompt first differ. Destinations that read the same sources share one sum, and
+a sum is made of the few edges that are kept, or of the whole less the few that are cut.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.graph import PORTS, Graph
@@ -32,6 +34,7 @@ from workbench.prompts import Batch
 
 COPY_BYTES = 512 * 10**6  # of what all sources write, over the copies that are run together
 PROMPTS_AT_ONCE = 32
+FEW = 2**24  # products of one layer and copy below which it is not worth looking for equal or empty sums
 Keep = Float[Tensor, "copy source destination"]
 
 
@@ -74,6 +77,13 @@ class Wiring:
         return torch.cat([_Pass(self, some, grad).logits() for some in keep.split(self.max_copies())])
 
 
+class Sums(NamedTuple):
+    """What destinations read: the different sums, and which of them each destination reads."""
+
+    sums: Float[Tensor, "group batch pos d_model"]
+    which: Int[Tensor, " destination"]
+
+
 class _Pass:
     """One pass: the state that the edits of the layers share."""
 
@@ -84,9 +94,14 @@ class _Pass:
         self.first = _first_cut(keep, wiring.graph, self.per_layer)
         known = 1 + self.first * (c.n_heads + 1)
         # What sources write now, less what they write when ablated: [source, batch, pos, d_model] shared by all copies
-        # for the layers before the first cut, [copy, source, batch, pos, d_model] after it.
+        # for the layers before the first cut, [copy, source, batch, pos, d_model] after it. A gradient needs sources
+        # that nothing overwrites: then they are kept in parts.
         self.shared = wiring.clean[:known] - wiring.ablated[:known]
         self.parts: list[Tensor] = []
+        later = [len(keep), len(wiring.ablated) - known, *wiring.ablated.shape[1:]]
+        self.own = wiring.ablated.new_empty([0] if grad else later)
+        self.n_own = 0  # rows of `own` that are written
+        self.totals = [] if grad else [self.shared.sum(0).expand(later[0], *later[2:]).clone()]
         self.base = wiring.ablated[:known].sum(0)  # what a destination would read if all its edges were cut
         for layer in range(self.first):
             bias = self.model.out_bias(layer)
@@ -114,61 +129,102 @@ class _Pass:
                 grad=self.grad,
             )
         last = slice(-1, None)
-        mixed = self._mix(slice(-1, None), self.base[:, last], last)  # [copy, 1, batch, 1, d_model]
-        return self.model.unembed(mixed[:, 0, :, 0], grad=self.grad)
+        mixed = torch.stack([sums[0, :, 0] for sums, _ in self._mix(last, self.base[:, last], last)])
+        return self.model.unembed(mixed, grad=self.grad)
 
-    def _mix(self, columns: slice, base: Tensor, at: slice = slice(None)) -> Float[Tensor, "copy dst batch pos d"]:
-        """What some destinations read, of the sources so far."""
-        keep = self.keep[:, :, columns].mT  # [copy, destination, source]
+    def _mix(self, columns: slice, base: Tensor, at: slice = slice(None), hidden: int = 0) -> list[Sums]:
+        """What some destinations read of the sources so far, but for the last few, copy by copy."""
+        n, known = self.n_own - hidden, len(self.shared)
+        keep = self.keep[:, :, columns]
+        if self.grad or keep[0].numel() * base.numel() < FEW:
+            return self._all_mixed(keep.mT, base, at, hidden)
+        out: list[Sums] = []
+        for i in range(len(self.keep)):
+            groups, which = keep[i, : known + n].unique(dim=1, return_inverse=True)
+            mostly = groups.mean(0) > 0.5  # these are the whole less what is cut
+            groups = torch.where(mostly, 1 - groups, groups)
+            mixed = _sums(groups[:known], self.shared[:, :, at]) + _sums(groups[known:], self.own[i, :n, :, at])
+            if bool(mostly.any()):
+                total = self.totals[0][i, :, at] - self.own[i, n : self.n_own, :, at].sum(0)
+                mixed[mostly] = total - mixed[mostly]
+            out.append(Sums(mixed + base, which))
+        return out
+
+    def _all_mixed(self, keep: Tensor, base: Tensor, at: slice, hidden: int) -> list[Sums]:
+        """The same by plain products: differentiable, and quicker where there is little to add up."""
         shared = self.shared[:, :, at]
         n = len(shared)
         out: Tensor = torch.einsum("kes,sx->kex", keep[..., :n], shared.flatten(1))
-        for part in self.parts:  # part by part: a source that is kept back for a gradient must not be overwritten
+        parts = self.parts[: len(self.parts) - bool(hidden)] if self.grad else [self.own[:, : self.n_own - hidden]]
+        for part in parts:
             part = part[:, :, :, at]
             out = out + torch.bmm(keep[..., n : n + part.shape[1]], part.flatten(2))
             n += part.shape[1]
-        mixed: Tensor = out.unflatten(-1, base.shape) + base
-        return mixed
+        each = torch.arange(keep.shape[1], device=keep.device)
+        return [Sums(sums, each) for sums in out.unflatten(-1, base.shape) + base]
+
+    def _write(self, now: Float[Tensor, "copy source batch pos d_model"]) -> None:
+        """Remember what further sources write, less what they write when ablated."""
+        if self.grad:
+            self.parts.append(now)
+            return
+        self.own[:, self.n_own : self.n_own + now.shape[1]] = now
+        self.n_own += now.shape[1]
+        self.totals[0] += now.sum(1)
 
     def _port(self, layer: int, port: str, x: Tensor) -> Tensor:
         """Queries, keys or values of all heads, each from its own input."""
         c = self.model.config
         if port == "q":
             column = layer * self.per_layer
-            mixed = self._mix(slice(column, column + 3 * c.n_heads), self.base)
-            normed = self.model.attention_norm(layer)(mixed).movedim(1, 0)  # [3 * head, copy, batch, pos, d_model]
             weight, bias = self.model.in_weights(layer)
-            rows = torch.baddbmm(bias.flatten(0, 1)[:, None], normed.flatten(1, 3), weight.flatten(0, 1).mT)
-            rows = rows.unflatten(1, (len(self.keep) * mixed.shape[2], -1)).unflatten(0, (3, -1))
-            self.ports = {name: one.permute(1, 2, 0, 3) for name, one in zip(PORTS, rows, strict=True)}
+            weight, bias = weight.flatten(0, 1).mT, bias.flatten(0, 1)[:, None]
+            rows = []
+            for sums, which in self._mix(slice(column, column + 3 * c.n_heads), self.base):
+                normed = self.model.attention_norm(layer)(sums).flatten(1, 2)
+                rows.append(torch.baddbmm(bias, normed[which], weight))  # [3 * head, batch * pos, d_head]
+            every = torch.stack(rows).unflatten(1, (3, -1)).unflatten(3, (-1, x.shape[1]))
+            ports = every.permute(1, 0, 3, 4, 2, 5).flatten(1, 2)  # [3, copy * batch, pos, head, d_head]
+            self.ports = dict(zip(PORTS, ports, strict=True))
         return self.ports[port].to(x.dtype)
 
     def _heads(self, layer: int, z: Tensor) -> Tensor:
         wrote = self.model.head_writes(layer, z).unflatten(0, (len(self.keep), -1)).movedim(3, 1)
         ablated = self._ablated(layer, slice(0, -1))
-        self.parts.append(wrote - ablated)
+        self._write(wrote - ablated)
         bias = self.model.out_bias(layer)
         self.before_heads = self.base
         self.base = self.base + ablated.sum(0) + (0 if bias is None else bias)
         return z
 
     def _mlp_in(self, layer: int, x: Tensor) -> Tensor:
-        column = layer * self.per_layer + self.per_layer - 1
-        parallel = self.model.config.parallel_attn_mlp
-        hidden = [self.parts.pop()] if parallel else []  # a parallel MLP does not read the heads beside it
-        mixed = self._mix(slice(column, column + 1), self.before_heads if parallel else self.base)
-        self.parts += hidden
-        return mixed[:, 0].flatten(0, 1).to(x.dtype)
+        column = slice((layer + 1) * self.per_layer - 1, (layer + 1) * self.per_layer)
+        if self.model.config.parallel_attn_mlp:  # a parallel MLP does not read the heads beside it
+            mixed = self._mix(column, self.before_heads, hidden=self.model.config.n_heads)
+        else:
+            mixed = self._mix(column, self.base)
+        return torch.cat([sums[0] for sums, _ in mixed]).to(x.dtype)
 
     def _mlp_out(self, layer: int, x: Tensor) -> Tensor:
         ablated = self._ablated(layer, slice(-1, None))
-        self.parts.append(x.unflatten(0, (len(self.keep), 1, -1)) - ablated)
+        self._write(x.unflatten(0, (len(self.keep), 1, -1)) - ablated)
         self.base = self.base + ablated[0]
         return x
 
     def _ablated(self, layer: int, which: slice) -> Tensor:
         step = self.model.config.n_heads + 1
         return self.wiring.ablated[1 + layer * step : 1 + (layer + 1) * step][which]
+
+
+def _sums(
+    keep: Float[Tensor, "source group"], now: Float[Tensor, "source batch pos d_model"]
+) -> Float[Tensor, "group batch pos d_model"]:
+    """What each group reads of some sources, without those that no group reads."""
+    read = keep.any(1).nonzero()[:, 0]
+    if len(read) < len(keep):
+        keep, now = keep[read], now[read]
+    mixed: Tensor = (keep.T @ now.flatten(1)).unflatten(1, now.shape[1:])
+    return mixed
 
 
 def _first_cut(keep: Keep, graph: Graph, per_layer: int) -> int:

@@ -46,7 +46,7 @@ def test_another_optimiser_finds_nothing_better(
         return kl(tiny.unembed((rest + vector)[:, None], grad=True)[:, 0], target).mean()
 
     vector = run.clean[at].mean((0, 1)).clone().requires_grad_()
-    assert losses[0] == pytest.approx(float(loss(vector)), rel=1e-4)  # the first step is the mean's
+    assert losses[0] == pytest.approx(float(loss(vector).detach()), rel=1e-4)  # the first step is the mean's
     search = torch.optim.LBFGS([vector], max_iter=300, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
