@@ -5,6 +5,7 @@ from circuits import attribution as attribution
 from circuits import compare as compare
 from circuits import drawing as drawing
 from circuits import edge_patching as edge_patching
+from circuits import extract as extract
 from circuits import features as features
 from circuits import figures as figures
 from circuits import ig_activations as ig_activations

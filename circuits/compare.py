@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,7 @@ from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.plots import node_scores
 from workbench.prompts import Batch
-from workbench.registry import analysis
+from workbench.registry import Analysis, analysis
 from workbench.scores import NodeScores
 
 METHODS = "patching,attribution-patching,eap,eap-ig,node-pruning,sae-codes"
@@ -83,20 +83,19 @@ def compare(
     names = tuple(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     if not names:
         raise UserError("methods is empty; name analyses that score nodes or edges, separated by commas.")
-    if len(batch) < 4:
-        raise UserError(f"{len(batch)} prompts cannot be halved for finding and judging; ask for at least 4.")
+    chosen = [scoring(name) for name in names]
     known = None if truth == "none" else _truth(truth, model, batch)
-    find, judge = _halves(batch)
+    find, judge = halves(batch)
     # Stored first, so that a method's cost does not depend on which methods ran before it.
     stored = [hook for hook in model.hook_points if hook.endswith(STORED)]
     store.fill(model, [*batch.clean, *batch.corrupted], [*stored, model.hook_points[-1]])
     table: dict[str, dict[str, float | None]] = {}
     by_head: list[NodeScores] = []
-    for name in tqdm(names, desc="compare", disable=None, leave=False):
+    for method in tqdm(chosen, desc="compare", disable=None, leave=False):
         started, passes = time.perf_counter(), model.forward_passes
-        found = registry.get_analysis(name).fn(model, find, store, **registry.bind(registry.get_analysis(name), {}))
+        found = score(method, model, find, store)
         seconds, passes = time.perf_counter() - started, model.forward_passes - passes
-        heads = _heads(name, found)
+        heads = _heads(found)
         by_head.append(heads)
         row = _judge(model, judge, find, store, heads, "heads", at_least, ablation)
         if edges and isinstance(found, EdgeScores):
@@ -104,7 +103,7 @@ def compare(
         if known is not None:
             against = recovery(heads, known.heads, name=str(known))
             row |= {"auc": against.auc, "auc_low": against.auc_low, "auc_high": against.auc_high}
-        table[name] = row | {"seconds": seconds, "passes": float(passes)}
+        table[method.name] = row | {"seconds": seconds, "passes": float(passes)}
     agreement = torch.tensor([[scores.rank_agreement(one, other) for other in by_head] for one in by_head])
     for i, name in enumerate(names):
         table[name]["exact"] = float(agreement[i, names.index(EXACT)]) if EXACT in names else None
@@ -131,17 +130,37 @@ def _truth(name: str, model: LanguageModel, batch: Batch) -> Known:
     return found
 
 
-def _halves(batch: Batch) -> tuple[Batch, Batch]:
-    """Every other prompt of each length."""
+def halves(batch: Batch) -> tuple[Batch, Batch]:
+    """Every other prompt of each length: one half to find with, one to judge by. Raises UserError below 4 prompts."""
+    if len(batch) < 4:
+        raise UserError(f"{len(batch)} prompts cannot be halved for finding and judging; ask for at least 4.")
     order = [i for bucket in batch.buckets() for i in bucket.tolist()]
     return batch.select(sorted(order[::2])), batch.select(sorted(order[1::2]))
 
 
-def _heads(name: str, found: object) -> NodeScores:
-    """Scores of the heads alone. Raises UserError for a result that has none."""
-    nodes = found.nodes() if isinstance(found, EdgeScores) else node_scores(found)
-    if nodes is None:
-        raise UserError(f"{name!r} gives a {type(found).__name__}, which scores no nodes or edges; leave it out.")
+def scoring(name: str) -> Analysis:
+    """An analysis that scores nodes or edges. Raises UserError for any other, before it computes anything."""
+    found = registry.get_analysis(name)
+    if found.result not in (NodeScores, EdgeScores) and get_type_hints(found.result).get("scores") is not NodeScores:
+        raise UserError(
+            f"{name!r} gives a {found.result.__name__}, which scores no nodes or edges; take patching or eap-ig."
+        )
+    return found
+
+
+def score(
+    method: Analysis, model: LanguageModel, batch: Batch, store: ActivationStore, **parameters: Any
+) -> NodeScores | EdgeScores:
+    """The scores of an analysis that `scoring` lets pass."""
+    found = method.fn(model, batch, store, **registry.bind(method, parameters))
+    scores = found if isinstance(found, EdgeScores) else node_scores(found)
+    assert scores is not None
+    return scores
+
+
+def _heads(found: NodeScores | EdgeScores) -> NodeScores:
+    """Scores of the heads alone."""
+    nodes = found.nodes() if isinstance(found, EdgeScores) else found
     heads = nodes.heads()
     return NodeScores(
         tuple(heads), torch.tensor(list(heads.values())), nodes.definition, nodes.unit, headline=nodes.headline

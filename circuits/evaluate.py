@@ -174,7 +174,7 @@ def curve(
     graph = Graph.of(model.config)
     total = len(scores.scores)
     sizes = [int(fraction * total) for fraction in fractions]
-    kept = torch.stack([_best(graph, scores, n, absolute) for n in sizes])
+    kept = torch.stack([best(graph, scores, n, absolute) for n in sizes])
     found = faithfulness(model, batch, store, graph, kept, ablation=ablation, fit=fit)
     level = "edges" if isinstance(scores, EdgeScores) else "nodes"
     ranked = "absolute score" if absolute else "score"
@@ -211,7 +211,7 @@ def smallest(
     tried: dict[int, float] = {}
 
     def good(sizes: Sequence[int]) -> list[bool]:
-        kept = torch.stack([_best(graph, scores, n, True) for n in sizes])
+        kept = torch.stack([best(graph, scores, n) for n in sizes])
         found = faithfulness(model, batch, store, graph, kept, ablation=ablation, fit=fit)
         tried.update(zip(sizes, found.value.tolist(), strict=True))
         return [at_least <= tried[n] <= 2 - at_least for n in sizes]
@@ -238,7 +238,7 @@ def smallest(
     return high, tried[high]
 
 
-def _best(graph: Graph, scores: EdgeScores | NodeScores, n: int, absolute: bool) -> Bool[Tensor, " edge"]:
+def best(graph: Graph, scores: EdgeScores | NodeScores, n: int, absolute: bool = True) -> Bool[Tensor, " edge"]:
     """The n best-scored edges that lie on a path from input to logits, or all edges between the n best-scored nodes and
     those that have no score (the MLPs, for a method that scores heads)."""
     if isinstance(scores, EdgeScores):

@@ -18,16 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from scipy.stats import hypergeom
 from torch import Tensor
 
+from circuits.compare import score, scoring
 from circuits.graph import Circuit, EdgeScores
 from circuits.path_patching import layer_of, path_patching
-from workbench import plots, registry
+from workbench import registry
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
@@ -130,9 +131,7 @@ def reuse(
     other_seed  the seed of the other task's prompts
     """
     task = registry.get_task(other)
-    chosen = registry.get_analysis(method)
-    if not _scores_heads(chosen.result):
-        raise UserError(f"method={method!r} gives no scores of heads; take patching or path-patching.")
+    chosen = scoring(method)
     if (stages != 1 and method != "path-patching") or not 1 <= stages <= 1 + len(PORTS_BACK):
         raise UserError(f"stages={stages} with method={method!r}: only path-patching has stages, 1 to 4.")
     batches = {batch.task.name: batch, other: sample(task, model, len(batch), other_seed)}
@@ -145,15 +144,9 @@ def reuse(
         if stages > 1:
             found[name] = backwards(model, some, store, stages=stages, share=share)
         else:
-            result = chosen.fn(model, some, store, **registry.bind(chosen, {}))
-            scored = result.nodes() if isinstance(result, EdgeScores) else plots.node_scores(result)
-            assert scored is not None
-            found[name] = [scored]
+            scores = score(chosen, model, some, store)
+            found[name] = [scores.nodes() if isinstance(scores, EdgeScores) else scores]
     return overlap(found, share=share)
-
-
-def _scores_heads(result: type) -> bool:
-    return result in (NodeScores, EdgeScores) or get_type_hints(result).get("scores") is NodeScores
 
 
 def backwards(

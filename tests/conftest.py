@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,9 +25,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from workbench import registry, settings
+from workbench import cli, registry, settings
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel
+
+Wb = Callable[..., tuple[int, str, str]]
 
 torch.set_num_threads(1)  # several workers share the machine
 
@@ -118,6 +121,21 @@ def tiny_folder(tiny: LanguageModel, tmp_path: Path) -> str:
     tiny._module.save_pretrained(folder)
     tiny.tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def wb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Wb:
+    """wb("run", "patching", ...) -> status, stdout, stderr; the real entry point."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["wb", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call
 
 
 @pytest.fixture

@@ -3,30 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from workbench import cli
-
-Wb = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def wb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Wb:
-    """wb("run", "patching", ...) -> status, stdout, stderr; the real entry point."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["wb", *words])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return call
+from tests.conftest import Wb
 
 
 def test_run_prints_one_object_and_hits_the_second_time(wb: Wb, tiny_folder: str) -> None:

@@ -32,7 +32,7 @@ def test_rows_do_not_depend_on_which_methods_ran_before(tiny: LanguageModel, sto
 
 def test_finding_and_judging_share_no_prompt(tiny: LanguageModel) -> None:
     batch = draw(tiny, n=9)
-    find, judge = module._halves(batch)
+    find, judge = module.halves(batch)
     assert not set(find.prompts) & set(judge.prompts) and {*find.prompts, *judge.prompts} == set(batch.prompts)
 
 
@@ -50,7 +50,7 @@ def test_a_truth_of_this_model_gives_its_auc(
     monkeypatch.setattr(module, "known_circuit", lambda name: known)
     batch = draw(tiny, n=8)
     found = compare(tiny, batch, store, methods="patching", truth="t", edges=False)
-    heads = module._heads("patching", patching(tiny, module._halves(batch)[0], store))
+    heads = module._heads(patching(tiny, module.halves(batch)[0], store))
     assert found.table["patching"]["auc"] == recovery(heads, nodes, name="t").auc
 
 

@@ -174,8 +174,8 @@ def test_reuse_takes_any_method_with_scores_of_heads(tiny: LanguageModel, store:
     same_task = reuse(tiny, batch, store, other="ioi", other_seed=1)
     assert same_task.names == ["ioi", "ioi, seed 1"]
     for given, message in [
-        ({"method": "logit-lens"}, "gives no scores of heads"),
-        ({"method": "reuse"}, "gives no scores of heads"),
+        ({"method": "logit-lens"}, "scores no nodes or edges"),
+        ({"method": "reuse"}, "scores no nodes or edges"),
         ({"method": "patchin"}, "did you mean 'patching'"),
         ({"other": "iio"}, "did you mean 'ioi'"),
         ({"other": "ioi"}, "compared with the same prompts"),

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from workbench.errors import UserError
+from workbench.tables import table
 
 cli = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
@@ -27,6 +28,10 @@ store_cli = typer.Typer(no_args_is_help=True, help="The activation store: what i
 cli.add_typer(store_cli, name="store")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Prompts = Annotated[str | None, typer.Option("--n", help="Number of prompts; each analysis has a default.")]
+Seed = Annotated[str, typer.Option(help="Seed of the prompts.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default WORKBENCH_DEVICE or cpu.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Accept = Annotated[bool, typer.Option("--accept-terms", help="Accept the model's terms of use.")]
 
 
@@ -56,14 +61,6 @@ def _fail(message: str) -> None:
 
 def _show(as_json: bool, value: Any, text: Callable[[], str]) -> None:
     typer.echo(json.dumps(value) if as_json else text())
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns as wide as their widest cell."""
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
 @cli.command()
@@ -143,10 +140,10 @@ def run(
     analysis: Annotated[str, typer.Argument(help="What to compute: see `wb analyses`.")],
     model: Annotated[str, typer.Option(help="Embedded model, hub id or local folder.")] = "smollm2-135m",
     task: Annotated[str, typer.Option(help="See `wb tasks`.")] = "ioi",
-    n: Annotated[str | None, typer.Option(help="Number of prompts; each analysis has a default.")] = None,
-    seed: Annotated[str, typer.Option(help="Seed of the prompts.")] = "0",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default WORKBENCH_DEVICE or cpu.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    n: Prompts = None,
+    seed: Seed = "0",
+    device: Device = None,
+    dtype: Dtype = "float32",
     accept_terms: Accept = False,
     as_json: AsJson = False,
 ) -> None:
@@ -206,6 +203,61 @@ def describe(done: Any) -> str:
         lines.append(f"  {name}  {value}")
     lines.append(f"  again  {done.record['command']}")
     return "\n".join(lines)
+
+
+def _job(context: typer.Context, path: Path | None) -> Path | None:
+    """The options of a JSON file in place of the defaults; what the command line gives comes first."""
+    if path is not None:
+        from workbench import grid
+
+        words = grid.read(path)
+        options = {option.name for option in context.command.params}
+        context.default_map = {name: value for name, value in words.items() if name in options}
+        context.obj = {name: value for name, value in words.items() if name not in options}
+    return path
+
+
+@cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def extract(
+    context: typer.Context,
+    models: Annotated[str, typer.Option(help="Models, separated by commas.")] = "smollm2-135m",
+    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = "ioi",
+    methods: Annotated[str, typer.Option(help="Analyses that score nodes or edges, separated by commas.")] = "eap-ig",
+    job: Annotated[Path | None, typer.Option(help="JSON file of options.", callback=_job, is_eager=True)] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of circuits; default WORKBENCH_HOME/circuits.")] = None,
+    n: Prompts = None,
+    seed: Seed = "0",
+    device: Device = None,
+    dtype: Dtype = "float32",
+    accept_terms: Accept = False,
+    as_json: AsJson = False,
+) -> None:
+    """Circuits of every model, task and method, each in a folder. Started again, it goes on where it was.
+
+    --size, --at-least and --ablation follow as in `wb run extract`; exit status 1 says that something failed.
+    """
+    from workbench import grid
+
+    given = (context.obj or {}) | _parameters(context.args)
+    rows = [
+        row.to_json()
+        for row in grid.circuits(
+            grid.names("models", models),
+            grid.names("tasks", tasks),
+            grid.names("methods", methods),
+            out=out,
+            n=None if n is None else _integer("n", n),
+            seed=_integer("seed", seed),
+            device=device,
+            dtype=dtype,
+            accept_terms=accept_terms,
+            **given,
+        )
+    ]
+    failed = sum(1 for row in rows if "error" in row)
+    _show(as_json, {"circuits": rows, "failed": failed}, lambda: grid.text(rows))
+    if failed:
+        sys.exit(1)
 
 
 @cli.command("runs")

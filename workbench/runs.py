@@ -1,7 +1,8 @@
 """Runs: recorded executions of an analysis on a model and a task.
 
-A run is keyed by everything that decides its result: the analysis and its version and parameters, the model's weights
-and numerics, the task and its version, how many prompts, and the seed. Asking again with the same key computes nothing.
+A run is keyed by everything that decides its result: the analysis and its version and parameters, the versions of other
+analyses and tasks that those name, the model's weights and numerics, the task and its version, how many prompts, and
+the seed. Asking again with the same key computes nothing.
 A run's folder holds `record.json` (key, result, task figures, environment, cost), `arrays.safetensors`, and the digests
 of the stored activations it used (`activations.safetensors`); it is written aside and renamed last, so a folder that
 exists is whole.
@@ -20,9 +21,10 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -112,43 +114,22 @@ def run(
     Raises UserError for unknown names and parameters, and for whatever the model, task or store refuse.
     """
     started = time.perf_counter()
-    chosen = registry.get_analysis(analysis)
-    bound = registry.bind(chosen, parameters)
-    chosen_task = registry.get_task(task)
-    n = chosen.n if n is None else n
-    if n < 1:
-        raise UserError(f"n={n} prompts cannot be drawn; ask for at least 1.")
-    root = settings.home() / "runs"
-
-    def key_of(fingerprint: str, how: str) -> dict[str, Any]:
-        return {
-            "analysis": analysis,
-            "analysis_version": chosen.version,
-            "parameters": bound,
-            "model": fingerprint,
-            "numerics": how,
-            "task": task,
-            "task_version": chosen_task.version,
-            "n": n,
-            "seed": seed,
-            "record_version": RECORD_VERSION,
-        }
-
-    if isinstance(model, str):  # a hit needs no weights in memory
-        fingerprint = pretrained.fingerprint(model)
-        if fingerprint is not None:
-            id = _id(key_of(fingerprint, numerics(dtype, device or settings.device())))
-            if (root / id).is_dir():
-                return Run(id, root / id, _read(root / id), True, time.perf_counter() - started, 0)
+    look = partial(find, analysis, task=task, n=n, seed=seed, device=device, dtype=dtype, **parameters)
+    found = look(model=model)
+    if found is None and isinstance(model, str):
         model = LanguageModel.load(model, device=device, dtype=dtype, accept_terms=accept_terms)
-    key = key_of(model.fingerprint, model.numerics)
-    id = _id(key)
-    if (root / id).is_dir():
-        return Run(id, root / id, _read(root / id), True, time.perf_counter() - started, 0)
+        found = look(model=model)
+    if found is not None:
+        return replace(found, seconds=time.perf_counter() - started)
+    assert isinstance(model, LanguageModel)
+    chosen = registry.get_analysis(analysis)
+    key = key_of(chosen, task, n, seed, parameters, model.fingerprint, model.numerics)
+    id, n, bound = _id(key), key["n"], key["parameters"]
+    root = settings.home() / "runs"
     settings.writable_folder(root)
     passes = model.forward_passes
     store = (store or activations.shared()).session()  # counts and entries of this run alone
-    batch = sample(chosen_task, model, n, seed)
+    batch = sample(registry.get_task(task), model, n, seed)
     figures = task_figures(model, batch, store)
     log.info("%s on %s, %d %s prompts", analysis, model.name, n, task)
     result = chosen.fn(model, batch, store, **bound)
@@ -172,6 +153,64 @@ def run(
     _save(root / id, record, {"arrays": arrays, "activations": sequences})
     store.note_run(id)
     return Run(id, root / id, record, False, seconds, passes)
+
+
+def find(
+    analysis: str,
+    *,
+    model: str | LanguageModel,
+    task: str,
+    n: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str = "float32",
+    **parameters: Any,
+) -> Run | None:
+    """The run, if it is there already. A named model is not loaded for it, so one that must be fetched is not found.
+
+    Raises UserError for unknown names and parameters.
+    """
+    if isinstance(model, str):
+        fingerprint, how = pretrained.fingerprint(model), numerics(dtype, device or settings.device())
+    else:
+        fingerprint, how = model.fingerprint, model.numerics
+    key = key_of(registry.get_analysis(analysis), task, n, seed, parameters, fingerprint or "", how)
+    id = _id(key)
+    folder = settings.home() / "runs" / id
+    return Run(id, folder, _read(folder), True, 0.0, 0) if fingerprint and folder.is_dir() else None
+
+
+def key_of(
+    chosen: registry.Analysis,
+    task: str,
+    n: int | None,
+    seed: int,
+    parameters: Mapping[str, Any],
+    fingerprint: str,
+    how: str,
+) -> dict[str, Any]:
+    """Everything that decides the result. Raises UserError for unknown names and parameters."""
+    bound = registry.bind(chosen, parameters)
+    n = chosen.n if n is None else n
+    if n < 1:
+        raise UserError(f"n={n} prompts cannot be drawn; ask for at least 1.")
+    key = {
+        "analysis": chosen.name,
+        "analysis_version": chosen.version,
+        "parameters": bound,
+        "model": fingerprint,
+        "numerics": how,
+        "task": task,
+        "task_version": registry.get_task(task).version,
+        "n": n,
+        "seed": seed,
+        "record_version": RECORD_VERSION,
+    }
+    # What a parameter names (another analysis, another task) decides the result as much as the analysis itself.
+    named = {word.strip() for value in bound.values() if isinstance(value, str) for word in value.split(",")}
+    known = registry.analyses() | registry.tasks()
+    versions = {name: known[name].version for name in sorted(named & known.keys())}
+    return key | ({"versions": versions} if versions else {})
 
 
 def task_figures(model: LanguageModel, batch: Batch, store: ActivationStore) -> dict[str, Any]:
@@ -270,17 +309,26 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _save(folder: Path, record: Mapping[str, Any], files: Mapping[str, dict[str, torch.Tensor]]) -> None:
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
-    try:
+    with whole(folder) as aside:
         for name, arrays in files.items():
             save_file(arrays, aside / f"{name}.safetensors")
         (aside / "record.json").write_text(json.dumps(record, indent=1))
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder to write in, renamed to `folder` at the end: what exists is whole. One that is there already stays.
+
+    Raises UserError if it cannot be written.
+    """
+    settings.writable_folder(folder.parent)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
+    try:
+        yield aside
         os.chmod(aside, 0o755)
-        if not folder.is_dir():  # another process may have finished the same run; its numbers stay
+        if not folder.is_dir():  # another process may have finished the same; what it wrote stays
             os.rename(aside, folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"the run could not be saved in {folder.parent} ({error}); free space and run it again."
-        ) from error
+        raise UserError(f"{folder} could not be saved ({error}); free space and run it again.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
