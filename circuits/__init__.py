@@ -2,6 +2,7 @@
 
 from circuits import acdc as acdc
 from circuits import attribution as attribution
+from circuits import cdt as cdt
 from circuits import compare as compare
 from circuits import drawing as drawing
 from circuits import edge_patching as edge_patching

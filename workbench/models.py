@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -41,6 +41,22 @@ class Forward:
 
     def __getitem__(self, site: str | Site) -> Tensor:
         return self.activations[site]
+
+
+class Affine(NamedTuple):
+    """x @ weight + bias."""
+
+    weight: Float[Tensor, "d_in d_out"]
+    bias: Float[Tensor, " d_out"] | None
+
+
+class MlpWeights(NamedTuple):
+    """An MLP: out(act(pre(x))), or out(act(pre(x)) * up(x)) where it is gated."""
+
+    pre: Affine
+    up: Affine | None
+    out: Affine
+    act: Callable[[Tensor], Tensor]
 
 
 class LanguageModel:
@@ -246,6 +262,22 @@ class LanguageModel:
                 both += rows.unflatten(0, (3, c.n_heads, c.d_head)).unbind(0)
         every = torch.stack([one.repeat_interleave(c.n_heads // len(one), 0) for one in both])
         return every[..., :-1], every[..., -1]
+
+    def mlp_weights(self, layer: int) -> MlpWeights:
+        """The parts of one layer's MLP."""
+
+        def affine(name: str) -> Affine:
+            part = self._block(layer).get_submodule(self._family.hooks[name][0])
+            weight = cast(Tensor, part.weight)
+            return Affine(weight.T if isinstance(part, nn.Linear) else weight, cast(Tensor | None, part.bias))
+
+        gated = "mlp.hook_pre_linear" in self._family.hooks
+        return MlpWeights(
+            affine("mlp.hook_pre"),
+            affine("mlp.hook_pre_linear") if gated else None,
+            affine("mlp.hook_post"),
+            self._block(layer).get_submodule(self._family.act),
+        )
 
     def attention_norm(self, layer: int) -> nn.Module:
         """The norm before the queries, keys and values."""
