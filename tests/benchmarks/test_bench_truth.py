@@ -1,10 +1,10 @@
 """Which method finds the circuit: every method on models whose circuit is known by construction.
 
 For each planted model of the suite, which no method was tuned on, and each trained or compiled toy: ROC AUC of nodes
-and of edges by absolute score, on the same prompts (codes on more of them, as published). Edges that the circuit needs but that carry the same on both
-prompts (the scaffold) are left out: no patching can see them; so are nodes that are constant. `heads` is the same over
-attention heads alone, as codes score nothing else, and `pairs` over pairs of a head and a later one: the edges between
-heads, without their ports, which codes can be held to.
+and of edges by absolute score, on the same prompts (codes on more of them, as published). Edges that the circuit needs
+but that carry the same on both prompts (the scaffold) are left out: no patching can see them; so are nodes that are
+constant. `heads` is the same over attention heads alone, as codes score nothing else, and `pairs` over pairs of a head
+and a later one: the edges between heads, without their ports, which codes can be held to.
 
 The null swaps clean and corrupted prompt in a random half of the pairs and keeps answers where they are: effects of
 a true node cancel. Large effects cancel to larger remainders, so raw scores stay above .5 there; against other swaps
