@@ -192,3 +192,24 @@ def test_a_mean_is_over_the_batch_however_its_prompts_are_split(
 
 def test_names_of_nodes_and_ports() -> None:
     assert [node_of(name) for name in ("a5.h1<q>", "m3", "logits")] == ["a5.h1", "m3", "logits"]
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_sums_of_few_edges_are_the_sums_of_all(
+    kind: str, make_tiny: Make, store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Circuits of few edges, of most, of whole nodes, and between: shared, complementary and empty sums."""
+    model = make_tiny(kind)
+    batch, graph = draw(model), Graph.of(model.config)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(len(graph), generator=generator)
+    heads = [name for name in graph.nodes if name[0] == "a"]
+    ways = [(draws < share).float() for share in (0.02, 0.3, 0.97)]
+    ways += [graph.between(set(graph.nodes) - set(heads[::3])).float(), draws, graph.between([]).float()]
+    late = torch.ones(len(graph))
+    late[-5:] = 0  # the first layers are all kept and shared
+    keep = torch.stack([graph.dense(way) for way in ways])
+    plain = [wiring.metric(model, batch, store, some) for some in (keep, graph.dense(late)[None])]
+    monkeypatch.setattr(wiring, "FEW", 0)
+    for some, expected in zip((keep, graph.dense(late)[None]), plain, strict=True):
+        torch.testing.assert_close(wiring.metric(model, batch, store, some), expected, rtol=1e-4, atol=1e-5)
