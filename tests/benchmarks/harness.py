@@ -195,7 +195,7 @@ def record(name: str, figures: dict[str, Any], peers: Sequence[str] = ()) -> Non
 
 
 def machine() -> dict[str, Any]:
-    info: dict[str, Any] = {"system": platform.system(), "cores": torch.get_num_threads()}
+    info: dict[str, Any] = {"system": platform.system(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         models = [
