@@ -44,6 +44,7 @@ class Comparison:
     table      by method: `exact` (correlation with exact patching), `heads` and `heads_f` (size and held-out
                faithfulness of the smallest faithful circuit of heads), `heads_cmd`, the same for edges, `auc` and its
                95 % against a known circuit, `seconds` and `passes` on the finding half; None where there is none
+    failed     the methods that refused this model or task, and why: the others are not lost with them
     """
 
     methods: tuple[str, ...]
@@ -51,16 +52,18 @@ class Comparison:
     scores: Float[Tensor, "method head"]
     agreement: Float[Tensor, "method method"]
     table: dict[str, dict[str, float | None]]
+    failed: dict[str, str]
     definition: str
 
     def summary(self) -> dict[str, Any]:
         def short(row: dict[str, float | None]) -> dict[str, float | None]:
             return {name: None if value is None else round(value, 4) for name, value in row.items()}
 
-        return {"table": {name: short(row) for name, row in self.table.items()}, "definition": self.definition}
+        table = {name: short(row) for name, row in self.table.items()}
+        return {"table": table, "failed": self.failed, "definition": self.definition}
 
 
-@analysis("compare", version=1, n=32)
+@analysis("compare", version=2, n=32)
 def compare(
     model: LanguageModel,
     batch: Batch,
@@ -79,6 +82,8 @@ def compare(
     at_least  faithfulness that a circuit must reach on held-out prompts
     ablation  of everything outside a circuit when it is judged; optimal fits constants on the finding half
     edges     also judge circuits of edges, for methods that score them
+
+    A method that refuses the model or task is left out and named in the result. Raises UserError if all do.
     """
     names = tuple(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     if not names:
@@ -90,10 +95,15 @@ def compare(
     stored = [hook for hook in model.hook_points if hook.endswith(STORED)]
     store.fill(model, [*batch.clean, *batch.corrupted], [*stored, model.hook_points[-1]])
     table: dict[str, dict[str, float | None]] = {}
+    failed: dict[str, str] = {}
     by_head: list[NodeScores] = []
     for method in tqdm(chosen, desc="compare", disable=None, leave=False):
         started, passes = time.perf_counter(), model.forward_passes
-        found = score(method, model, find, store)
+        try:
+            found = score(method, model, find, store)
+        except UserError as error:
+            failed[method.name] = str(error)
+            continue
         seconds, passes = time.perf_counter() - started, model.forward_passes - passes
         heads = _heads(found)
         by_head.append(heads)
@@ -104,6 +114,9 @@ def compare(
             against = recovery(heads, known.heads, name=str(known))
             row |= {"auc": against.auc, "auc_low": against.auc_low, "auc_high": against.auc_high}
         table[method.name] = row | {"seconds": seconds, "passes": float(passes)}
+    if not by_head:
+        raise UserError(f"every method failed; {names[0]}: {failed[names[0]]}")
+    names = tuple(table)
     agreement = torch.tensor([[scores.rank_agreement(one, other) for other in by_head] for one in by_head])
     for i, name in enumerate(names):
         table[name]["exact"] = float(agreement[i, names.index(EXACT)]) if EXACT in names else None
@@ -113,6 +126,7 @@ def compare(
         torch.stack([heads.scores.float() for heads in by_head]),
         agreement,
         table,
+        failed,
         f"found on {len(find)} prompts, judged on {len(judge)} others; smallest circuit of best-scored heads (with all "
         f"MLPs) or edges with faithfulness {at_least:g} to {2 - at_least:g}, ablation {ablation}, ratio of means; "
         "exact and agreement: Spearman correlation of absolute head scores; cost once both prompts' activations are "

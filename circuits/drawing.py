@@ -251,7 +251,7 @@ def _cell(result: Comparison, method: str, key: str) -> float | None:
 
 @definition.register
 def _(result: Comparison) -> str:
-    return result.definition
+    return "; ".join([result.definition, *(f"{name} left out: {why}" for name, why in result.failed.items())])
 
 
 # ---- latents ----

@@ -54,6 +54,15 @@ def test_a_truth_of_this_model_gives_its_auc(
     assert found.table["patching"]["auc"] == recovery(heads, nodes, name="t").auc
 
 
+def test_a_method_that_refuses_does_not_take_the_others_with_it(tiny: LanguageModel, store: ActivationStore) -> None:
+    batch = draw(tiny, n=8)  # four pairs to find with are too few for codes
+    found = compare(tiny, batch, store, methods="sae-codes,patching", edges=False)
+    assert found.methods == ("patching",) and found.scores.shape == (1, 12)
+    assert "raise --n" in found.failed["sae-codes"] and "sae-codes" in found.summary()["failed"]
+    with pytest.raises(UserError, match=r"every method failed; sae-codes: .*raise --n"):
+        compare(tiny, batch, store, methods="sae-codes", edges=False)
+
+
 @pytest.mark.parametrize(
     ("n", "methods", "message"),
     [(3, "eap", "cannot be halved"), (4, " , ", "methods is empty"), (4, "logit-lens", "scores no nodes or edges")],

@@ -23,7 +23,8 @@ import pytest
 import torch
 
 from circuits import known
-from saes.codes import fold_back, sae_codes
+from saes.code_statistics import fold_back
+from saes.codes import sae_codes
 from workbench import registry
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
