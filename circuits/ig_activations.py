@@ -52,18 +52,15 @@ def eap_ig_activations(
     total = torch.zeros(len(graph.sources), len(graph.destinations), dtype=torch.float64)
     groups = _groups(model)
     with tqdm(total=len(batch) * len(groups), desc="eap-ig-activations", disable=None, leave=False) as bar:
-        for bucket in batch.buckets():
-            length = len(batch.clean[int(bucket[0])])
-            for part in bucket.split(max(1, TOKENS_PER_PASS // (steps * length))):
-                some = batch.select(part.tolist())
-                writes = Writes(model, store, some, batch, ablation)
-                pres = [sites.block(layer, "hook_resid_pre") for layer in range(model.config.n_layers)]
-                found = store.get(model, list(some.clean), pres)
-                for layer, hook, rows in groups:
-                    resid = torch.stack(found[pres[layer]]).to(model.device, model.dtype)
-                    moved = _moved(model, some, writes, resid, layer, hook, alphas(steps, rule), graph, rows)
-                    total[rows] += moved.cpu()
-                    bar.update(len(part))
+        for part, some in batch.parts(tokens=TOKENS_PER_PASS // steps):
+            writes = Writes(model, store, some, batch, ablation)
+            pres = [sites.block(layer, "hook_resid_pre") for layer in range(model.config.n_layers)]
+            found = store.get(model, list(some.clean), pres)
+            for layer, hook, rows in groups:
+                resid = torch.stack(found[pres[layer]]).to(model.device, model.dtype)
+                moved = _moved(model, some, writes, resid, layer, hook, alphas(steps, rule), graph, rows)
+                total[rows] += moved.cpu()
+                bar.update(len(part))
     unit = batch.task.metric
     return EdgeScores(
         graph,

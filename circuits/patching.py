@@ -46,7 +46,7 @@ def patching(
     direction  noise: clean run, node from the corrupted one; denoise: corrupted run, node from the clean one
     mlps       patch the MLPs too
     """
-    nodes = [scores.head(layer, h) for layer in range(model.config.n_layers) for h in range(model.config.n_heads)]
+    nodes = [*scores.every_head(model.config.n_layers, model.config.n_heads)]
     nodes += [scores.mlp(layer) for layer in range(model.config.n_layers)] if mlps else []
     patched = torch.empty(len(nodes), len(batch))
     unpatched = torch.empty(len(batch))

@@ -134,8 +134,9 @@ def path_metrics(
 
 def nodes(config: ModelConfig, mlps: bool = True) -> list[str]:
     """Every head, then every MLP."""
-    heads = [scores.head(layer, h) for layer in range(config.n_layers) for h in range(config.n_heads)]
-    return heads + ([scores.mlp(layer) for layer in range(config.n_layers)] if mlps else [])
+    return [*scores.every_head(config.n_layers, config.n_heads)] + (
+        [scores.mlp(layer) for layer in range(config.n_layers)] if mlps else []
+    )
 
 
 def layer_of(name: str) -> int:

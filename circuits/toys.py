@@ -28,7 +28,7 @@ from workbench.errors import UserError, unknown
 from workbench.interventions import resample, steer
 from workbench.models import Edit, LanguageModel
 from workbench.prompts import Batch, Prompt, Task, sample
-from workbench.scores import head, mlp
+from workbench.scores import every_head, head, mlp
 
 BOS = "bos"  # the first word of every prompt: heads with nothing to do can look at it
 FAITHFUL = 0.9  # share of the behaviour that a circuit has to keep
@@ -215,7 +215,7 @@ def _finished(
 ) -> Toy:
     """Disguise trained weights, and measure which of their nodes and edges are the circuit."""
     n_layers, _, n_heads, *_ = w.qkv.shape
-    real = [head(layer, h) for layer in range(n_layers) for h in range(n_heads)]
+    real = [*every_head(n_layers, n_heads)]
     real += [mlp(layer) for layer in range(n_layers) if w.w_in.shape[-1]]
     at = {word: i for i, word in enumerate(w.words)}
     rng = random.Random(0)

@@ -101,7 +101,7 @@ class _Pass:
         later = [len(keep), len(wiring.ablated) - known, *wiring.ablated.shape[1:]]
         self.own = wiring.ablated.new_empty([0] if grad else later)
         self.n_own = 0  # rows of `own` that are written
-        self.totals = [] if grad else [self.shared.sum(0).expand(later[0], *later[2:]).clone()]
+        self.total = self.shared.sum(0).repeat(len(keep), 1, 1, 1)
         self.base = wiring.ablated[:known].sum(0)  # what a destination would read if all its edges were cut
         for layer in range(self.first):
             bias = self.model.out_bias(layer)
@@ -145,7 +145,7 @@ class _Pass:
             groups = torch.where(mostly, 1 - groups, groups)
             mixed = _sums(groups[:known], self.shared[:, :, at]) + _sums(groups[known:], self.own[i, :n, :, at])
             if bool(mostly.any()):
-                total = self.totals[0][i, :, at] - self.own[i, n : self.n_own, :, at].sum(0)
+                total = self.total[i, :, at] - self.own[i, n : self.n_own, :, at].sum(0)
                 mixed[mostly] = total - mixed[mostly]
             out.append(Sums(mixed + base, which))
         return out
@@ -170,7 +170,7 @@ class _Pass:
             return
         self.own[:, self.n_own : self.n_own + now.shape[1]] = now
         self.n_own += now.shape[1]
-        self.totals[0] += now.sum(1)
+        self.total += now.sum(1)
 
     def _port(self, layer: int, port: str, x: Tensor) -> Tensor:
         """Queries, keys or values of all heads, each from its own input."""

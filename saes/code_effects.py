@@ -20,14 +20,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from saes.codes import Encoder, TrialSettings, assign, head_outputs, pooled_z, rescale, split
-from workbench import scores, sites
+from saes.codes import Encoder, TrialSettings, assign, check, pooled_z, rescale, split, written
+from workbench import sites
 from workbench.activations import ActivationStore
-from workbench.errors import UserError
 from workbench.models import LanguageModel, Resume
 from workbench.prompts import Batch
 from workbench.registry import analysis
-from workbench.scores import NodeScores
+from workbench.scores import NodeScores, every_head
 
 TOKENS_PER_PASS = 1024
 
@@ -61,16 +60,12 @@ def code_effects(
     sae_seed  of training examples and initialisation
     """
     n = len(batch)
-    if min(latents, examples, trials) < 1 or steps < 0:
-        raise UserError("latents, examples and trials must be at least 1, and steps 0.")
-    if n <= (examples + 1) // 2:
-        raise UserError(f"{n} pairs leave none to score after {examples} training examples; raise --n.")
-    generator = torch.Generator().manual_seed(sae_seed)
-    sequences = [*batch.clean, *batch.corrupted]
-    x = rescale(head_outputs(model, store, sequences, position))
-    value = torch.cat([*pooled_z(model, store, sequences, position)], 1).float()
-    slope = _slopes(model, store, batch, position)
     settings = TrialSettings("fixed", latents, examples, steps, lam, lr, encoder=encoder)
+    check(n, trials, settings)
+    generator = torch.Generator().manual_seed(sae_seed)
+    z = pooled_z(model, store, [*batch.clean, *batch.corrupted], position)
+    x, value = rescale(written(model, z)), torch.cat([*z], 1).float()
+    slope = _slopes(model, store, batch, position)
     total = torch.zeros(x.shape[1], n, device=x.device)
     counted = torch.zeros(n, device=x.device)
     for _ in tqdm(range(trials), desc="code-effects", leave=False, disable=None):
@@ -81,17 +76,18 @@ def code_effects(
         change = meant[: len(scored)] - meant[len(scored) :]
         total[:, scored] += torch.einsum("phd,phd->hp", change, slope[scored])
         counted[scored] += 1
-    per_prompt = (total / counted.clamp(min=1)).cpu()
-    c = model.config
+    ever = counted > 0  # a prompt that trained every SAE is not scored
+    per_prompt = (total[:, ever] / counted[ever]).cpu()
     return NodeScores(
-        tuple(scores.head(layer, h) for layer in range(c.n_layers) for h in range(c.n_heads)),
-        (total.sum(1) / counted.sum()).cpu(),
+        every_head(model.config.n_layers, model.config.n_heads),
+        per_prompt.mean(1),
         f"estimated {batch.task.metric}(clean) - {batch.task.metric}(code of the corrupted prompt): difference of the "
         f"codes' mean outputs times gradient of the clean run; {encoder} codes, {position} position, {examples} "
-        f"training examples, mean over {trials} trials from seed {sae_seed} and over prompts; positive: the head helps",
+        f"training examples, mean over {trials} trials from seed {sae_seed}, then over the prompts that did not train "
+        "every one; positive: the head helps",
         batch.task.metric,
         per_prompt=per_prompt,
-        headline={"prompts": n, "trials": trials},
+        headline={"prompts": int(ever.sum()), "trials": trials},
     )
 
 
@@ -114,20 +110,13 @@ def _slopes(
     hooks = [sites.block(layer, "attn.hook_z") for layer in range(model.config.n_layers)]
     first = sites.block(0, "hook_resid_pre")
     out: list[Tensor] = [torch.empty(0)] * len(batch)
-    for bucket in batch.buckets():
-        for part in bucket.split(max(1, TOKENS_PER_PASS // len(batch.clean[int(bucket[0])]))):
-            some = batch.select(part.tolist())
-            start = torch.stack(store.get(model, list(some.clean), [first])[first]).to(model.device, model.dtype)
-            run = model.run(
-                torch.stack(some.clean),
-                capture=hooks,
-                logits="last",
-                start=Resume(0, start.requires_grad_()),
-                grad=True,
-            )
-            assert run.logits is not None
-            grads = torch.autograd.grad(some.score(run.logits[:, -1]).sum(), [run[hook] for hook in hooks])
-            pooled = torch.cat([g.sum(1) if position == "mean" else g[:, -1] for g in grads], 1).float()
-            for i, row in zip(part.tolist(), pooled, strict=True):
-                out[i] = row
+    for part, some in batch.parts(tokens=TOKENS_PER_PASS):
+        start = torch.stack(store.get(model, list(some.clean), [first])[first]).to(model.device, model.dtype)
+        leaf = Resume(0, start.requires_grad_())
+        run = model.run(torch.stack(some.clean), capture=hooks, logits="last", start=leaf, grad=True)
+        assert run.logits is not None
+        grads = torch.autograd.grad(some.score(run.logits[:, -1]).sum(), [run[hook] for hook in hooks])
+        pooled = torch.cat([g.sum(1) if position == "mean" else g[:, -1] for g in grads], 1).float()
+        for i, row in zip(part.tolist(), pooled, strict=True):
+            out[i] = row
     return torch.stack(out)

@@ -52,13 +52,13 @@ from tqdm import tqdm
 
 from saes.code_statistics import NONE, PAIR_SWAPS, Statistic, pair_scores, pairs_z, score_codes
 from saes.controls import kmeans, nearest, probe_codes
-from workbench import scores, sites
+from workbench import sites
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.prompts import Batch
 from workbench.registry import analysis
-from workbench.scores import NodeScores, PairScores
+from workbench.scores import NodeScores, PairScores, every_head
 
 CHUNK = 64  # prompts whose activations are held at once
 
@@ -180,18 +180,14 @@ def sae_codes(
     statistic     what is compared with label swaps (fixed): unique codes, or mutual information of code and label
     sae_seed      of training examples, initialisation and permutations
     """
-    n = len(batch)
     if mode == "paper" and statistic != "unique":
         raise UserError(f"mode='paper' scores by its count of unique codes, not by {statistic!r}; use mode='fixed'.")
-    if min(latents, examples, trials) < 1 or permutations < 2 or steps < 0:
-        raise UserError("latents, examples and trials must be at least 1, permutations 2, and steps 0.")
-    if mode == "fixed" and n <= (examples + 1) // 2:
-        raise UserError(f"{n} pairs leave none to score after {examples} training examples; raise --n.")
+    settings = TrialSettings(mode, latents, examples, steps, lam, lr, permutations, pairs, encoder, statistic)
+    check(len(batch), trials, settings)
     generator = torch.Generator().manual_seed(sae_seed)
     x = head_outputs(model, store, [*batch.clean, *batch.corrupted], position)
     if mode == "fixed":
         x = rescale(x)
-    settings = TrialSettings(mode, latents, examples, steps, lam, lr, permutations, pairs, encoder, statistic)
     runs = [trial(x, settings, generator) for _ in tqdm(range(trials), desc="sae-codes", leave=False, disable=None)]
     every = {key: torch.stack([run[key] for run in runs]).float().cpu() for key in runs[0]}
     mean = {key: value.mean(0) for key, value in every.items()}
@@ -206,8 +202,7 @@ def sae_codes(
         f"{trials} trials from seed {sae_seed}; "
         "not causal"
     )
-    layers, heads = model.config.n_layers, model.config.n_heads
-    nodes = tuple(scores.head(layer, head) for layer in range(layers) for head in range(heads))
+    nodes = every_head(model.config.n_layers, model.config.n_heads)
     return CodeScores(
         NodeScores(nodes, mean[which].clone(), definition, "codes" if mode == "paper" else "standard deviations"),
         **{key: mean[key] for key in ("raw", "normalised", "z", "codes_used", "none")},
@@ -217,6 +212,14 @@ def sae_codes(
         loss=every["loss"],
         fvu=every["fvu"],
     )
+
+
+def check(n: int, trials: int, settings: TrialSettings) -> None:
+    """Raises UserError for numbers that make no codes, and if training would leave none of n pairs to score."""
+    if min(settings.latents, settings.examples, trials) < 1 or settings.permutations < 2 or settings.steps < 0:
+        raise UserError("latents, examples and trials must be at least 1, permutations 2, and steps 0.")
+    if settings.mode == "fixed" and n <= (settings.examples + 1) // 2:
+        raise UserError(f"{n} pairs leave none to score after {settings.examples} training examples; raise --n.")
 
 
 def trial(x: Float[Tensor, "example head d_model"], settings: TrialSettings, generator: Generator) -> dict[str, Tensor]:
@@ -271,7 +274,7 @@ def assign(
 
 def pooled_z(
     model: LanguageModel, store: ActivationStore, sequences: Sequence[Int[Tensor, "_"]], position: str
-) -> Float[Tensor, "layer example head d_head"]:
+) -> Float[Tensor, "layer example its_head d_head"]:
     """`hook_z` of each head, averaged over positions or at the last one."""
     hooks = [sites.block(layer, "attn.hook_z") for layer in range(model.config.n_layers)]
     out = []
@@ -286,9 +289,15 @@ def head_outputs(
     model: LanguageModel, store: ActivationStore, sequences: Sequence[Int[Tensor, "_"]], position: str
 ) -> Float[Tensor, "example head d_model"]:
     """What each head writes, averaged over positions or at the last one; heads in the order a0.h0, a0.h1, ..."""
-    z = pooled_z(model, store, sequences, position)  # pooled before W_O: the map is linear, and z is d_head wide
+    return written(model, pooled_z(model, store, sequences, position))  # W_O is linear, and z is narrower
+
+
+def written(
+    model: LanguageModel, z: Float[Tensor, "layer example its_head d_head"]
+) -> Float[Tensor, "example head d_model"]:
+    """What heads write whose `hook_z` is z."""
     out = []
-    for start in range(0, len(sequences), CHUNK):
+    for start in range(0, z.shape[1], CHUNK):
         some = z[:, start : start + CHUNK]
         out.append(torch.cat([model.head_results(layer, one).float() for layer, one in enumerate(some)], 1))
     return torch.cat(out)

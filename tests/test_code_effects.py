@@ -44,6 +44,8 @@ def test_a_code_for_every_prompt_gives_attribution_of_the_pooled_difference(
     c = tiny.config
     hooks = [block(layer, "attn.hook_z") for layer in range(c.n_layers)]
     assert found.per_prompt is not None
+    assert found.per_prompt.shape[1] == found.headline["prompts"] == len(batch)
+    torch.testing.assert_close(found.scores, found.per_prompt.mean(1))
     for i in range(len(batch)):
         one = batch.select([i])
         runs = [tiny.run(tokens[0][None], capture=[*hooks, block(0, "hook_resid_pre")]) for tokens in
@@ -55,9 +57,14 @@ def test_a_code_for_every_prompt_gives_attribution_of_the_pooled_difference(
             clean, corrupted = (run[hook][0].mean(0) if position == "mean" else run[hook][0, -1] for run in runs)
             slope = slopes[hook][0].sum(0) if position == "mean" else slopes[hook][0, -1]
             want.append(((clean - corrupted) * slope).sum(-1))
-        if found.per_prompt[:, i].any():  # a pair that trained every SAE is not scored
-            torch.testing.assert_close(found.per_prompt[:, i], torch.cat(want), atol=1e-6, rtol=1e-4)
-    assert int(found.per_prompt.any(0).sum()) >= 5
+        torch.testing.assert_close(found.per_prompt[:, i], torch.cat(want), atol=1e-6, rtol=1e-4)
+
+
+def test_a_pair_that_trained_the_only_sae_is_left_out(
+    tiny: LanguageModel, batch: Batch, store: ActivationStore
+) -> None:
+    found = priced.code_effects(tiny, batch, store, **(FAST | {"trials": 1}))
+    assert found.per_prompt is not None and found.per_prompt.shape[1] == found.headline["prompts"] == len(batch) - 1
 
 
 def test_one_code_for_all_costs_nothing(

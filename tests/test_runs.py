@@ -113,6 +113,18 @@ def test_damaged_and_foreign_runs_are_sentences(tiny: LanguageModel) -> None:
     assert found == [] and "is damaged" in sentence
 
 
+def test_a_run_of_an_older_version_is_not_called_damaged(tiny: LanguageModel) -> None:
+    run = runs.run("logit-lens", model=tiny, task="ioi", n=3)
+    record = json.loads((run.folder / "record.json").read_text())
+    record["key"]["analysis_version"] = 0
+    (run.folder / "record.json").write_text(json.dumps(record))
+    assert runs.get_run(run.id).result is not None  # what can be read is read
+    record["result"].popitem()
+    (run.folder / "record.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="is of version 0 of logit-lens, and version 1 cannot read its result"):
+        _ = runs.get_run(run.id).result
+
+
 @pytest.mark.parametrize("id", ["../../etc", "a/b", "", ".", "<script>", "nothing-here", "a" * 5000])
 def test_ids_lead_nowhere_else(id: str) -> None:
     with pytest.raises(UserError, match="no run"):

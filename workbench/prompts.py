@@ -67,10 +67,15 @@ class Batch:
             groups.setdefault(len(tokens), []).append(i)
         return [torch.tensor(groups[length]) for length in sorted(groups)]
 
-    def parts(self, n: int) -> Iterator[tuple[Int[Tensor, " index"], Batch]]:
-        """At most n prompts of one length at a time, with their indices: what one pass can hold."""
+    def parts(
+        self, n: int | None = None, *, tokens: int | None = None
+    ) -> Iterator[tuple[Int[Tensor, " index"], Batch]]:
+        """At most n prompts, or so many tokens, of one length at a time, with their indices: what one pass can hold."""
         for bucket in self.buckets():
-            for part in bucket.split(n):
+            at_once = n or len(bucket)
+            if tokens is not None:
+                at_once = max(1, min(at_once, tokens // len(self.clean[int(bucket[0])])))
+            for part in bucket.split(at_once):
                 yield part, self.select(part.tolist())
 
     def select(self, indices: Iterable[int]) -> Batch:

@@ -65,7 +65,17 @@ class Run:
             return results.decode(declared, self.record["result"], arrays)
         # What reading a record that was changed by hand may raise.
         except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
-            raise UserError(f"run {self.id} is damaged ({error}); delete {self.folder} and run it again.") from error
+            raise UserError(self._unreadable(error)) from error
+
+    def _unreadable(self, error: Exception) -> str:
+        key = self.record["key"]
+        known, written = registry.analyses().get(key.get("analysis")), key.get("analysis_version")
+        if known is not None and written != known.version:
+            return (
+                f"run {self.id} is of version {written} of {known.name}, and version {known.version} cannot read its "
+                "result: the summary stands; run it again for the rest."
+            )
+        return f"run {self.id} is damaged ({error}); delete {self.folder} and run it again."
 
     @property
     def activations(self) -> dict[Scope, set[bytes]]:

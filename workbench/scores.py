@@ -28,6 +28,11 @@ def mlp(layer: int) -> str:
     return f"m{layer}"
 
 
+def every_head(n_layers: int, n_heads: int) -> tuple[str, ...]:
+    """All heads of a model, layer by layer."""
+    return tuple(head(layer, index) for layer in range(n_layers) for index in range(n_heads))
+
+
 @dataclass(frozen=True)
 class NodeScores:
     """One score per node.

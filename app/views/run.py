@@ -14,7 +14,7 @@ from workbench import canvas, plots, registry, runs
 from workbench.errors import UserError
 from workbench.lenses import AttentionResult, LensResult
 from workbench.runs import Run
-from workbench.scores import NodeScores, head
+from workbench.scores import NodeScores, every_head
 
 SHOWN_ELSEWHERE = {"top_heads", "definition", "unit", "n_nodes", "metric_by_layer", "top_heads_std"}
 
@@ -120,7 +120,7 @@ def further(run: Run) -> None:
 def pattern(run: Run, result: AttentionResult) -> None:
     st.subheader("Where one head looks in the example", anchor=False)
     n_layers, n_heads = result.patterns.shape[:2]
-    names = [head(layer, h) for layer in range(n_layers) for h in range(n_heads)]
+    names = every_head(n_layers, n_heads)
     best = run.summary.get("induction", {}).get("head")
     at = names.index(best) if best in names else 0
     name = st.selectbox("head", names, index=at, key="head", width=160)
