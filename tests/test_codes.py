@@ -331,6 +331,14 @@ def test_pairs_of_heads_that_carry_the_label_together_stand_out_from_swaps() -> 
     torch.testing.assert_close(z, z.T)
 
 
+def test_a_pair_counts_by_what_it_says_on_clean_prompts_alone() -> None:
+    """Clean prompts say one of the four things that corrupted ones say: nothing is theirs alone, but not so turned."""
+    many = torch.randint(4, (80, 1), generator=rng()).expand(80, 2)
+    one = torch.zeros(80, 2, dtype=torch.long)
+    assert code_statistics.pairs_z(one, many, 4, rng(1))[0, 1] <= 0
+    assert code_statistics.pairs_z(many, one, 4, rng(1))[0, 1] > 4
+
+
 def test_a_head_that_says_one_thing_on_clean_and_another_on_corrupted_prompts_scores_highest() -> None:
     """No swap gives it a unique code: without the real labels among the swaps its null would have no spread."""
     clean, corrupted = torch.zeros(40, 2, dtype=torch.long), torch.ones(40, 2, dtype=torch.long)

@@ -86,6 +86,32 @@ def test_with_nothing_cut_it_is_the_model(
     torch.testing.assert_close(found, judge.score(whole[:, -1]), atol=1e-4, rtol=1e-4)
 
 
+def test_the_best_step_is_kept_however_it_goes_on(
+    tiny: LanguageModel, halves: tuple[Batch, Batch], store: ActivationStore
+) -> None:
+    run, keep = Wiring(tiny, store, halves[0], "mean"), without(Graph.of(tiny.config), "m2->logits", "m0->m1")
+    constants, losses = optimal.fitted([run], keep, steps=4, lr=1000.0)
+    assert losses[-1] > 2 * min(losses)  # such steps lead away
+    whole = run.run(torch.ones_like(keep)[None])[0]
+    again = float(kl(run.replaced(constants).run(keep[None])[0], whole).mean())
+    assert again == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_prompts_are_judged_with_the_constants_that_were_fitted(
+    tiny: LanguageModel, halves: tuple[Batch, Batch], store: ActivationStore
+) -> None:
+    fit, judge = halves
+    graph = Graph.of(tiny.config)
+    keep, at = without(graph, "m2->logits"), graph.sources.index("m2")
+    constants, _ = optimal.fitted([Wiring(tiny, store, fit, "mean")], keep, steps=20)
+    run = Wiring(tiny, store, judge, "mean")
+    biases = sum(b for layer in range(3) if (b := tiny.out_bias(layer)) is not None)
+    resid = run.clean[:, :, -1].sum(0) - run.clean[at, :, -1] + biases + constants[at]
+    found = optimal.metric(tiny, judge, fit, store, keep[None], steps=20)[0]
+    torch.testing.assert_close(found, judge.score(tiny.unembed(resid)), atol=1e-4, rtol=1e-4)
+    assert float((found - judge.score(run.run(keep[None])[0])).abs().max()) > 1e-2  # what the mean would give
+
+
 def test_faithfulness_and_curves_take_it(
     tiny: LanguageModel, halves: tuple[Batch, Batch], store: ActivationStore
 ) -> None:

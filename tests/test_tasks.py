@@ -76,6 +76,24 @@ def names_in(text: str) -> list[str]:
     return [word for word in re.findall(r"\w+", text) if word in ioi.NAMES]
 
 
+@pytest.mark.parametrize(("n", "tokens"), [(3, None), (None, 40), (2, 1000), (None, 1)])
+def test_parts_hold_no_more_than_asked_and_every_prompt_once(
+    n: int | None, tokens: int | None, tiny: LanguageModel
+) -> None:
+    batch = sample(registry.get_task("ioi"), tiny, 24, seed=0)
+    seen: list[int] = []
+    for part, some in batch.parts(n, tokens=tokens):
+        lengths = {len(x) for x in some.clean}
+        (length,) = lengths
+        most = min(n or 24, 24 if tokens is None else max(1, tokens // length))
+        assert len(some) == len(part) <= most and some.prompts == tuple(batch.prompts[i] for i in part)
+        full = sum(len(batch.clean[i]) == length for i in range(24))
+        left = full - sum(len(batch.clean[i]) == length for i in seen)
+        assert len(some) == min(most, left)  # no smaller than it need be
+        seen += part.tolist()
+    assert sorted(seen) == list(range(24))
+
+
 def test_ioi_leaves_one_person_out_and_the_corrupted_prompt_none() -> None:
     for prompt in draws("ioi"):
         io, s = prompt.answers[0].strip(), prompt.wrong[0].strip()
