@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_type_hints
 
 import torch
@@ -22,7 +23,7 @@ from circuits.graph import EdgeScores
 from circuits.known import Known
 from circuits.known import get as known_circuit
 from circuits.recovery import recovery
-from workbench import registry, scores
+from workbench import parts, registry, scores
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
@@ -83,7 +84,8 @@ def compare(
     ablation  of everything outside a circuit when it is judged; optimal fits constants on the finding half
     edges     also judge circuits of edges, for methods that score them
 
-    A method that refuses the model or task is left out and named in the result. Raises UserError if all do.
+    A method that refuses the model or task is left out and named in the result. Raises UserError if all do. A run that
+    was killed goes on with the first method that was not judged.
     """
     names = tuple(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     if not names:
@@ -97,23 +99,37 @@ def compare(
     table: dict[str, dict[str, float | None]] = {}
     failed: dict[str, str] = {}
     by_head: list[NodeScores] = []
-    for method in tqdm(chosen, desc="compare", disable=None, leave=False):
+
+    ends = evaluate.ends_of(model, judge, store, ablation=ablation, fit=find)
+
+    def judged(found: NodeScores | EdgeScores, level: str) -> dict[str, float | None]:
+        size, reached = evaluate.smallest(
+            model, judge, store, found, at_least=at_least, ablation=ablation, fit=find, ends=ends
+        )
+        drawn = evaluate.curve(model, judge, store, found, ablation=ablation, fit=find, ends=ends)
+        return {level: float(size), f"{level}_f": reached, f"{level}_cmd": drawn.area}
+
+    def row(method: Analysis) -> _Row:
         started, passes = time.perf_counter(), model.forward_passes
+        found = score(method, model, find, store)
+        seconds, passes = time.perf_counter() - started, model.forward_passes - passes
+        heads = _heads(found)
+        figures = judged(heads, "heads")
+        if edges and isinstance(found, EdgeScores):
+            figures |= judged(found, "edges")
+        if known is not None:
+            against = recovery(heads, known.heads, name=str(known))
+            figures |= {"auc": against.auc, "auc_low": against.auc_low, "auc_high": against.auc_high}
+        return _Row(heads, figures | {"seconds": seconds, "passes": float(passes)})
+
+    for method in tqdm(chosen, desc="compare", disable=None, leave=False):
         try:
-            found = score(method, model, find, store)
+            found = parts.once(method.name, _Row, partial(row, method))
         except UserError as error:
             failed[method.name] = str(error)
             continue
-        seconds, passes = time.perf_counter() - started, model.forward_passes - passes
-        heads = _heads(found)
-        by_head.append(heads)
-        row = _judge(model, judge, find, store, heads, "heads", at_least, ablation)
-        if edges and isinstance(found, EdgeScores):
-            row |= _judge(model, judge, find, store, found, "edges", at_least, ablation)
-        if known is not None:
-            against = recovery(heads, known.heads, name=str(known))
-            row |= {"auc": against.auc, "auc_low": against.auc_low, "auc_high": against.auc_high}
-        table[method.name] = row | {"seconds": seconds, "passes": float(passes)}
+        by_head.append(found.heads)
+        table[method.name] = found.figures
     if not by_head:
         raise UserError(f"every method failed; {names[0]}: {failed[names[0]]}")
     names = tuple(table)
@@ -132,6 +148,14 @@ def compare(
         "exact and agreement: Spearman correlation of absolute head scores; cost once both prompts' activations are "
         "stored" + ("" if known is None else f"; AUC of heads against {known}"),
     )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a comparison keeps of one method."""
+
+    heads: NodeScores
+    figures: dict[str, float | None]
 
 
 def _truth(name: str, model: LanguageModel, batch: Batch) -> Known:
@@ -179,18 +203,3 @@ def _heads(found: NodeScores | EdgeScores) -> NodeScores:
     return NodeScores(
         tuple(heads), torch.tensor(list(heads.values())), nodes.definition, nodes.unit, headline=nodes.headline
     )
-
-
-def _judge(
-    model: LanguageModel,
-    batch: Batch,
-    fit: Batch,
-    store: ActivationStore,
-    found: NodeScores | EdgeScores,
-    level: str,
-    at_least: float,
-    ablation: Judged,
-) -> dict[str, float | None]:
-    size, reached = evaluate.smallest(model, batch, store, found, at_least=at_least, ablation=ablation, fit=fit)
-    drawn = evaluate.curve(model, batch, store, found, ablation=ablation, fit=fit)
-    return {level: float(size), f"{level}_f": reached, f"{level}_cmd": drawn.area}

@@ -58,6 +58,59 @@ class Faithfulness:
     nothing: float
 
 
+@dataclass(frozen=True)
+class Ends:
+    """The metric per prompt of the whole model and of the empty circuit: between them faithfulness is measured."""
+
+    whole: Float[Tensor, " batch"]
+    nothing: Float[Tensor, " batch"]
+
+
+def ends_of(
+    model: LanguageModel,
+    batch: Batch,
+    store: ActivationStore,
+    *,
+    ablation: Judged = "resample",
+    fit: Batch | None = None,
+) -> Ends:
+    """Run the whole model and the empty circuit.
+
+    Raises UserError where they do equally well, so that there is nothing to explain, and for optimal ablation without
+    prompts to fit its constants on.
+    """
+    graph = Graph.of(model.config)
+    both = torch.tensor([[True], [False]]).expand(2, len(graph))
+    # Apart, as the whole model's pass is read from the store.
+    whole, nothing = (_metric(model, batch, store, graph, each[None], ablation, fit)[0] for each in both)
+    gap = float(whole.mean() - nothing.mean())
+    spread = float((whole - nothing).std()) if len(batch) > 1 else 0.0
+    if abs(gap) < 1e-3 * max(spread, float(whole.abs().mean()), 1e-6):
+        raise UserError(
+            f"with everything ablated ({ablation}) {model.name} has {batch.task.metric} {float(nothing.mean()):.3g}, "
+            f"the whole model {float(whole.mean()):.3g}: there is no behaviour for a circuit to explain."
+        )
+    return Ends(whole, nothing)
+
+
+def _metric(
+    model: LanguageModel,
+    batch: Batch,
+    store: ActivationStore,
+    graph: Graph,
+    kept: Bool[Tensor, "circuit edge"],
+    ablation: Judged,
+    fit: Batch | None,
+) -> Float[Tensor, "circuit batch"]:
+    keep = torch.zeros(len(kept), len(graph.sources), len(graph.destinations))
+    keep[:, graph.edges[:, 0], graph.edges[:, 1]] = kept.float()
+    if ablation != "optimal":
+        return wiring.metric(model, batch, store, keep, ablation).double()
+    if fit is None:
+        raise UserError("optimal ablation fits its constants on prompts that judge nothing; pass them as fit=.")
+    return optimal.metric(model, batch, fit, store, keep).double()
+
+
 def faithfulness(
     model: LanguageModel,
     batch: Batch,
@@ -67,33 +120,19 @@ def faithfulness(
     *,
     ablation: Judged = "resample",
     fit: Batch | None = None,
+    ends: Ends | None = None,
     seed: int = 0,
 ) -> Faithfulness:
     """Run the model with only some edges.
 
-    fit  prompts that optimal ablation fits its constants on; none of those that judge
+    fit   prompts that optimal ablation fits its constants on; none of those that judge
+    ends  `ends_of` the same prompts and ablation, if they are known already
 
-    Raises UserError for optimal ablation without them, and where the whole model and the empty circuit do equally well,
-    so that there is nothing to explain.
+    Raises UserError as `ends_of` does.
     """
-    ends = torch.stack([torch.ones(len(graph)), torch.zeros(len(graph))])
-    flat = torch.cat([kept.float(), ends])
-    keep = torch.zeros(len(flat), len(graph.sources), len(graph.destinations))
-    keep[:, graph.edges[:, 0], graph.edges[:, 1]] = flat
-    if ablation != "optimal":
-        found = wiring.metric(model, batch, store, keep, ablation).double()
-    elif fit is None:
-        raise UserError("optimal ablation fits its constants on prompts that judge nothing; pass them as fit=.")
-    else:
-        found = optimal.metric(model, batch, fit, store, keep).double()
-    circuits, whole, nothing = found[:-2], found[-2], found[-1]
+    ends = ends or ends_of(model, batch, store, ablation=ablation, fit=fit)
+    circuits, whole, nothing = _metric(model, batch, store, graph, kept, ablation, fit), ends.whole, ends.nothing
     gap = float(whole.mean() - nothing.mean())
-    spread = float((whole - nothing).std()) if len(batch) > 1 else 0.0
-    if abs(gap) < 1e-3 * max(spread, float(whole.abs().mean()), 1e-6):
-        raise UserError(
-            f"with everything ablated ({ablation}) {model.name} has {batch.task.metric} {float(nothing.mean()):.3g}, "
-            f"the whole model {float(whole.mean()):.3g}: there is no behaviour for a circuit to explain."
-        )
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randint(len(batch), (BOOTSTRAP, len(batch)), generator=generator)
     boots = (circuits[:, draw].mean(-1) - nothing[draw].mean(-1)) / (whole - nothing)[draw].mean(-1)
@@ -168,6 +207,7 @@ def curve(
     absolute: bool = True,
     ablation: Judged = "resample",
     fit: Batch | None = None,
+    ends: Ends | None = None,
     fractions: Sequence[float] = FRACTIONS,
 ) -> Curve:
     """Faithfulness of the best-scored edges, or nodes with all edges between them, at several sizes."""
@@ -175,7 +215,7 @@ def curve(
     total = len(scores.scores)
     sizes = [int(fraction * total) for fraction in fractions]
     kept = torch.stack([best(graph, scores, n, absolute) for n in sizes])
-    found = faithfulness(model, batch, store, graph, kept, ablation=ablation, fit=fit)
+    found = faithfulness(model, batch, store, graph, kept, ablation=ablation, fit=fit, ends=ends)
     level = "edges" if isinstance(scores, EdgeScores) else "nodes"
     ranked = "absolute score" if absolute else "score"
     return Curve(
@@ -200,6 +240,7 @@ def smallest(
     at_least: float = 0.9,
     ablation: Judged = "resample",
     fit: Batch | None = None,
+    ends: Ends | None = None,
 ) -> tuple[int, float]:
     """Size and faithfulness of the smallest circuit of best-scored items with faithfulness of at least `at_least` and
     at most 2 - at_least: an overshoot is as far from the model.
@@ -208,11 +249,12 @@ def smallest(
     that does not; faithfulness need not grow with size, so a smaller one may be missed. Returns all items if none does.
     """
     graph, total = Graph.of(model.config), len(scores.scores)
+    ends = ends or ends_of(model, batch, store, ablation=ablation, fit=fit)
     tried: dict[int, float] = {}
 
     def good(sizes: Sequence[int]) -> list[bool]:
         kept = torch.stack([best(graph, scores, n) for n in sizes])
-        found = faithfulness(model, batch, store, graph, kept, ablation=ablation, fit=fit)
+        found = faithfulness(model, batch, store, graph, kept, ablation=ablation, fit=fit, ends=ends)
         tried.update(zip(sizes, found.value.tolist(), strict=True))
         return [at_least <= tried[n] <= 2 - at_least for n in sizes]
 

@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from workbench import activations, pretrained, registry, results, settings
+from workbench import activations, parts, pretrained, registry, results, settings
 from workbench.activations import ActivationStore, inventory
 from workbench.activations.keys import Scope
 from workbench.errors import UserError, unknown
@@ -142,11 +142,13 @@ def run(
     batch = sample(registry.get_task(task), model, n, seed)
     figures = task_figures(model, batch, store)
     log.info("%s on %s, %d %s prompts", analysis, model.name, n, task)
-    result = chosen.fn(model, batch, store, **bound)
+    with parts.kept_in(settings.home() / "parts" / id) as before:
+        result = chosen.fn(model, batch, store, **bound)
     seconds = time.perf_counter() - started
     passes = model.forward_passes - passes
     encoded, arrays = results.encode(result)
     used, sequences = inventory.pack_used(store.used or {})
+    cost = {"seconds": round(seconds, 3), "forward_passes": passes, "store": asdict(store.stats())}
     record = {
         "id": id,
         "key": key,
@@ -155,7 +157,7 @@ def run(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "task": figures,
         "summary": result.summary(),
-        "cost": {"seconds": round(seconds, 3), "forward_passes": passes, "store": asdict(store.stats())},
+        "cost": cost | ({"parts_of_earlier_attempts": before.found} if before.found else {}),
         "environment": environment(model),
         "activations": used,
         "result": encoded,
