@@ -5,8 +5,8 @@ Gemma runs only where its terms are accepted (WORKBENCH_ACCEPT_TERMS=gemma-3-270
 after its blocks.
 
 Predictions, written before the first whole run: exact patching's heads are the fewest on each task (a tenth to a third
-of all); EAP-IG over activations agrees with it best (.9); codes need most heads, about as many as a random order (80 %);
-edge circuits of 90 % need 10 to 40 % of all edges, whatever ranks them.
+of all); EAP-IG over activations agrees with it best (.9); codes need most heads, about as many as a random order
+(80 %); edge circuits of 90 % need 10 to 40 % of all edges, whatever ranks them.
 """
 
 from __future__ import annotations
