@@ -11,38 +11,30 @@ of all); EAP-IG over activations agrees with it best (.9); codes need most heads
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from tests.benchmarks import harness
 from workbench import runs, settings
-from workbench.models import LanguageModel
+from workbench.pretrained import DEFAULT
 
+GEMMA = "gemma-3-270m"
 N = 32
 METHODS = "patching,attribution-patching,eap,eap-ig,eap-ig-activations,relp,node-pruning,sae-codes,code-effects,cd-t"
-CASES = {
-    "smollm2-135m": ("ioi", "induction", "docstring"),
-    "gemma-3-270m": ("ioi",),
-}
+CASES = [(DEFAULT, "ioi"), (DEFAULT, "induction"), (DEFAULT, "docstring"), (GEMMA, "ioi")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_methods_on_real_models(name: str) -> None:
-    if name == "gemma-3-270m" and name not in settings.accepted_terms():
+@pytest.mark.parametrize(("model", "task"), CASES)
+def test_methods_on_real_models(model: str, task: str) -> None:
+    if model == GEMMA and model not in settings.accepted_terms():
         pytest.skip("its terms are not accepted")
-    model = LanguageModel.load(name)
-    found: dict[str, Any] = {}
-    for task in CASES[name][: harness.size(3, 1)]:
-        methods = harness.size(METHODS, "patching,eap")
-        run = runs.run("compare", model=model, task=task, n=harness.size(N, 8), methods=methods)
-        result, truth = run.result, run.record["task"]
-        found[task] = {
-            "accuracy": truth["accuracy"],
-            "run": run.id,
-            "command": run.record["command"],
-            "heads": len(result.heads),
-            **run.summary,
-        }
-    harness.record(f"compare-{name}", {"prompts": N, "tasks": found})
+    methods = harness.size(METHODS, "patching,eap")
+    run = runs.run("compare", model=model, task=task, n=harness.size(N, 8), methods=methods)
+    figures = {
+        "model": model,
+        "task": task,
+        "accuracy": run.record["task"]["accuracy"],
+        "prompts": run.record["key"]["n"],
+    }
+    figures |= {"run": run.id, "command": run.record["command"], "heads": len(run.result.heads)}
+    harness.record(f"compare-{model}-{task}", figures | run.summary)
