@@ -11,6 +11,8 @@ of all); EAP-IG over activations agrees with it best (.9); codes need most heads
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.benchmarks import harness
@@ -25,7 +27,8 @@ CASES = [(DEFAULT, "ioi"), (DEFAULT, "induction"), (DEFAULT, "docstring"), (GEMM
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "task"), CASES)
-def test_methods_on_real_models(model: str, task: str) -> None:
+def test_methods_on_real_models(model: str, task: str, shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBENCH_HOME", str(shared_home))  # where a run that was stopped is found again
     if model == GEMMA and model not in settings.accepted_terms():
         pytest.skip("its terms are not accepted")
     methods = harness.size(METHODS, "patching,eap")
