@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuits import evaluate
-from circuits.evaluate import Judged
+from circuits.evaluate import Ends, Judged
 from circuits.graph import EdgeScores
 from circuits.known import Known
 from circuits.known import get as known_circuit
@@ -101,30 +101,10 @@ def compare(
     by_head: list[NodeScores] = []
 
     ends = evaluate.ends_of(model, judge, store, ablation=ablation, fit=find)
-
-    def judged(found: NodeScores | EdgeScores, level: str) -> dict[str, float | None]:
-        size, reached = evaluate.smallest(
-            model, judge, store, found, at_least=at_least, ablation=ablation, fit=find, ends=ends
-        )
-        drawn = evaluate.curve(model, judge, store, found, ablation=ablation, fit=find, ends=ends)
-        return {level: float(size), f"{level}_f": reached, f"{level}_cmd": drawn.area}
-
-    def row(method: Analysis) -> _Row:
-        started, passes = time.perf_counter(), model.forward_passes
-        found = score(method, model, find, store)
-        seconds, passes = time.perf_counter() - started, model.forward_passes - passes
-        heads = _heads(found)
-        figures = judged(heads, "heads")
-        if edges and isinstance(found, EdgeScores):
-            figures |= judged(found, "edges")
-        if known is not None:
-            against = recovery(heads, known.heads, name=str(known))
-            figures |= {"auc": against.auc, "auc_low": against.auc_low, "auc_high": against.auc_high}
-        return _Row(heads, figures | {"seconds": seconds, "passes": float(passes)})
-
+    judges = _Judges(model, store, find, judge, ends, known, at_least, ablation, edges)
     for method in tqdm(chosen, desc="compare", disable=None, leave=False):
         try:
-            found = parts.once(method.name, _Row, partial(row, method))
+            found = parts.once(method.name, _Row, partial(judges.row, method))
         except UserError as error:
             failed[method.name] = str(error)
             continue
@@ -156,6 +136,44 @@ class _Row:
 
     heads: NodeScores
     figures: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class _Judges:
+    """What all methods are judged by: prompts to find with and to judge by, and the ends of the scale."""
+
+    model: LanguageModel
+    store: ActivationStore
+    find: Batch
+    judge: Batch
+    ends: Ends
+    known: Known | None
+    at_least: float
+    ablation: Judged
+    edges: bool
+
+    def row(self, method: Analysis) -> _Row:
+        started, passes = time.perf_counter(), self.model.forward_passes
+        found = score(method, self.model, self.find, self.store)
+        seconds, passes = time.perf_counter() - started, self.model.forward_passes - passes
+        heads = _heads(found)
+        figures = self.circuits(heads, "heads")
+        if self.edges and isinstance(found, EdgeScores):
+            figures |= self.circuits(found, "edges")
+        if self.known is not None:
+            against = recovery(heads, self.known.heads, name=str(self.known))
+            figures |= {"auc": against.auc, "auc_low": against.auc_low, "auc_high": against.auc_high}
+        return _Row(heads, figures | {"seconds": seconds, "passes": float(passes)})
+
+    def circuits(self, found: NodeScores | EdgeScores, level: str) -> dict[str, float | None]:
+        asked: dict[str, Any] = {"ablation": self.ablation, "fit": self.find, "ends": self.ends}
+        prompts = self.model, self.judge, self.store
+        size, reached = evaluate.smallest(*prompts, found, at_least=self.at_least, **asked)
+        return {
+            level: float(size),
+            f"{level}_f": reached,
+            f"{level}_cmd": evaluate.curve(*prompts, found, **asked).area,
+        }
 
 
 def _truth(name: str, model: LanguageModel, batch: Batch) -> Known:
