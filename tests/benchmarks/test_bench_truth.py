@@ -93,6 +93,7 @@ BY_CODES: dict[str, Method] = {  # run on `Case.many`
     "sae-codes, k-means": lambda *a: sae_codes(*a, trials=1, encoder="kmeans"),
     "sae-codes, probe": lambda *a: sae_codes(*a, trials=1, encoder="probe"),
     "sae-codes, information": lambda *a: sae_codes(*a, trials=1, statistic="information"),
+    "k-means codes, information": lambda *a: sae_codes(*a, trials=1, encoder="kmeans", statistic="information"),
     "probe codes, information": lambda *a: sae_codes(*a, trials=1, encoder="probe", statistic="information"),
     "code-effects": lambda *a: code_effects(*a, trials=1),
     "code-effects, untrained": lambda *a: code_effects(*a, trials=1, steps=0),
@@ -210,18 +211,23 @@ def null(method: Method, model: LanguageModel, batch: Batch, store: ActivationSt
 
 
 def held_to(cases: Sequence[Callable[[], Case]], title: str, tmp_path: Path, nulls: int) -> None:
-    """Run all methods on all models, and record; a run that was stopped goes on."""
+    """Run all methods on all models, and record. What the record has already is not run again (delete it to measure
+    anew), nor what a run had when it was stopped."""
     torch.set_num_threads(1)  # the models are too small for more
-    kept = harness.RESULTS / f"{title}-parts.jsonl"
-    rows: list[dict[str, Any]] = []
-    if kept.exists() and not harness.QUICK:
-        rows = [json.loads(line) for line in kept.read_text().splitlines()]
-    for number, make in list(enumerate(cases))[len(rows) : harness.size(len(cases), 2)]:
+    kept = harness.RESULTS / f"{title}-parts.json"
+    settings = {"prompts": N, "prompts of codes": [MANY, MANY_TOYS], "swaps": SWAPS}
+    rows = [] if harness.QUICK else earlier(kept, harness.RESULTS / f"{title}-cpu.json", settings)
+    for number, make in list(enumerate(cases))[: harness.size(len(cases), 2)]:
+        if number == len(rows):
+            rows.append({"methods": {}, "null": {}})
+        row, wanted = rows[number], METHODS | BY_CODES
+        if row["methods"] and not wanted.keys() - row["methods"].keys() - {"edge-patching"}:
+            continue
         case, store = make(), ActivationStore(tmp_path / str(number))
         small = len(Graph.of(case.model.config)) <= MOST_EDGES
-        row: dict[str, Any] = {"model": case.name, "methods": {}, "null": {}}
-        for method, run in (METHODS | BY_CODES | (SLOW if small else {})).items():
-            if method == "edge-patching" and not small:
+        row["model"] = case.name
+        for method, run in (wanted | (SLOW if small else {})).items():
+            if method in row["methods"] or (method == "edge-patching" and not small):
                 continue
             batch = case.many if method in BY_CODES else case.batch
             started = time.perf_counter()
@@ -230,15 +236,21 @@ def held_to(cases: Sequence[Callable[[], Case]], title: str, tmp_path: Path, nul
             row["methods"][method] = {k: v for k, v in judged(found, case).items() if not math.isnan(v)} | seconds
             if number < nulls and method not in (*SLOW, *NO_NULL):
                 row["null"][method] = null(run, case.model, batch, store, case.nodes)
-        rows.append(row)
         if not harness.QUICK:
-            with kept.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-    harness.record(
-        title,
-        {"prompts": N, "prompts of codes": [MANY, MANY_TOYS], "swaps": SWAPS, "summary": summary(rows), "models": rows},
-    )
+            harness.RESULTS.mkdir(exist_ok=True)
+            kept.write_text(json.dumps({"settings": settings, "models": rows}))
+    harness.record(title, settings | {"summary": summary(rows), "models": rows})
     kept.unlink(missing_ok=True)
+
+
+def earlier(kept: Path, record: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a run that was stopped, or else of the record, if they were measured in the same way."""
+    for path in (kept, record):
+        if path.exists():
+            found = json.loads(path.read_text())
+            rows: list[dict[str, Any]] = found["models"]
+            return rows if settings == {name: found.get("settings", found)[name] for name in settings} else []
+    return []
 
 
 @pytest.mark.slow

@@ -1,0 +1,67 @@
+"""Figures that the README quotes are those of the records."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "tests" / "benchmarks" / "results"
+README = (ROOT / "README.md").read_text()
+
+
+def record(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RECORDS / f"{name}-cpu.json").read_text())
+    return found
+
+
+def rows() -> dict[str, list[str]]:
+    """The table of methods, cell by cell."""
+    _, _, section = README.partition("### Which method finds the circuit")
+    lines = re.findall(r"^\| `([\w-]+)` \|(.+)\|$", section.partition("\n## ")[0], re.M)
+    return {name: [cell.strip() for cell in cells.split("|")] for name, cells in lines}
+
+
+@pytest.mark.parametrize("method", rows())
+def test_the_table_of_methods_is_that_of_the_records(method: str) -> None:
+    planted, trained = (record(f"truth-{name}")["summary"] for name in ("planted", "toys"))
+    real = record("compare-smollm2-135m-ioi")["table"]
+
+    def auc(of: dict[str, Any], what: str) -> str:
+        return f"{of[method][what]['mean']:.2f}" if what in of.get(method, {}) else ""
+
+    def size(what: str) -> str:
+        return f"{real[method][what]:,.0f}" if what in real.get(method, {}) else ""
+
+    agreement = f"{real[method]['exact']:.2f}" if method in real else ""
+    expected = [auc(planted, "nodes"), auc(planted, "edges"), auc(trained, "nodes"), size("heads"), size("edges")]
+    assert rows()[method] == [*expected, agreement]
+
+
+def test_the_prose_on_codes_is_that_of_the_records() -> None:
+    planted = record("truth-planted")["summary"]
+    prose = " ".join(README.split())
+    for pattern, method in (
+        (r"published mode is \*below\* chance, (\d\.\d+)", "sae-codes, paper"),
+        (r"fixed mode (\d\.\d+)", "sae-codes, fixed"),
+        (r"untrained (\d\.\d+)", "sae-codes, untrained"),
+        (r"a linear probe (\d\.\d+)", "sae-codes, probe"),
+        (r"k-means (\d\.\d+)", "sae-codes, k-means"),
+        (r"trained codes come to (\d\.\d+)", "code-effects"),
+        (r"random ones to (\d\.\d+)", "code-effects, untrained"),
+        (r"the probe's to (\d\.\d+)", "code-effects, probe"),
+        (r"below the (\d\.\d+) of attribution", "attribution-patching"),
+    ):
+        (quoted,) = re.findall(pattern, prose)
+        assert float(quoted) == round(planted[method]["heads"]["mean"], 2), method
+
+
+def test_nulls_are_within_what_the_readme_says() -> None:
+    nulls = {name: row["null"] for name, row in record("truth-planted")["summary"].items() if "null" in row}
+    (low, high, odd) = re.findall(r"(\d\.\d+) to (\d\.\d+) for all but\s+k-means codes, (\d\.\d+)", README)[0]
+    assert round(nulls.pop("sae-codes, k-means"), 2) == float(odd)
+    assert round(min(nulls.values()), 2) == float(low) and round(max(nulls.values()), 2) == float(high)
