@@ -22,11 +22,11 @@ comparison is in `circuits/relp.py`.
 
 Four departures from the paper. Patterns are kept as in the clean run and values alone decomposed, unless
 attention=paper: planted nodes are ranked alike, and on smollm2-135m (ioi) its scores grow beyond all numbers.
-Deviations are from the corrupted prompt, not from the mean: on smollm2-135m, means let parts of opposite sign grow until
-scores overflow. Appendix B.1, which prevents that, is off, as it takes much of the signal away. Algorithm 1's search,
-from the nodes relevant to the logits to those relevant to them and so on, is left out: on 18 planted models it ranked
-nodes worse (AUC .75, against .88 by relevance to the logits). Nor are there edges: what a source makes relevant where a
-node reads (eq. 16), times the relevance of that node, ranked them with .70.
+Deviations are from the corrupted prompt, not from the mean: on smollm2-135m, means let parts of opposite sign grow
+until scores overflow. Appendix B.1, which prevents that, is off, as it takes much of the signal away. Algorithm 1's
+search, from the nodes relevant to the logits to those relevant to them and so on, is left out: on 18 planted models it
+ranked nodes worse (AUC .75, against .88 by relevance to the logits). Nor are there edges: what a source makes relevant
+where a node reads (eq. 16), times the relevance of that node, ranked them with .70.
 """
 
 from __future__ import annotations
