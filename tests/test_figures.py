@@ -60,6 +60,16 @@ def test_the_prose_on_codes_is_that_of_the_records() -> None:
         assert float(quoted) == round(planted[method]["heads"]["mean"], 2), method
 
 
+def test_codes_on_the_real_model_are_those_of_the_records() -> None:
+    pattern = (
+        r"\((\d\.\d+) on IOI, (\d\.\d+) on Greater-Than; a\s+random SAE (\d\.\d+) and (\d\.\d+)\), and the plain norm"
+    )
+    (quoted,) = re.findall(pattern + r" of the mean difference more \((\d\.\d+) and (\d\.\d+)\)", README)
+    tasks = [record(f"codes-smollm2-135m-{task}")["arms"] for task in ("ioi", "greater_than")]
+    arms = ("fixed", "untrained", "mean difference")
+    assert [float(x) for x in quoted] == [round(arm[name]["auc"], 2) for name in arms for arm in tasks]
+
+
 def test_nulls_are_within_what_the_readme_says() -> None:
     nulls = {name: row["null"] for name, row in record("truth-planted")["summary"].items() if "null" in row}
     (low, high, odd) = re.findall(r"(\d\.\d+) to (\d\.\d+) for all but\s+k-means codes, (\d\.\d+)", README)[0]
