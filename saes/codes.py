@@ -34,9 +34,9 @@ Other encoders take the SAE's place as controls: `kmeans` (the code is the neare
 (each head's own difference-of-means direction, cut into bins), fitted on the same training rows.
 
 Training is not what finds heads. Of the 20 heads of SmolLM2-135M with the largest exact effect, on ioi and on
-greater_than, codes of a trained SAE find some (ROC AUC .73 and .67; in paper mode .74 and .82), those of a random one as
-many (.71 and .84), and the plain norm of the mean difference between clean and corrupted outputs more (.87 and .86):
-tests/benchmarks/results/codes-*.json. On planted circuits, where heads that write as much do nothing, all are at chance.
+greater_than, codes of a trained SAE find some (ROC AUC .73 and .67; in paper mode .74 and .82), those of a random one
+as many (.71 and .84), and the plain norm of the mean difference between clean and corrupted outputs more (.87, .86):
+tests/benchmarks/results/codes-*.json. On planted circuits, where heads that write as much do nothing, all fail.
 """
 
 from __future__ import annotations
