@@ -358,6 +358,12 @@ def test_pair_loss_of_anything_else(coder: LanguageModel) -> None:
 # ---- other tokenizers ----
 
 
+def test_every_task_can_be_asked_under_the_tokenizer_of_a_mixed_stream() -> None:
+    model = reader(data.train_tokenizer(1024, real=0.5, size=2_000_000))
+    for name in TASKS:
+        assert sample(registry.get_task(name), model, 8, 0).drawn < 30
+
+
 def test_answers_that_merge_with_the_end_of_the_prompt_take_it_along() -> None:
     """A tokenizer in which a bracket and the end of its line are one token."""
     merging = data.train_tokenizer(300, real=0.0, size=1000)

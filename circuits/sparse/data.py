@@ -69,7 +69,11 @@ def programs(seed: int | str) -> Iterator[str]:
 
 
 def train_tokenizer(vocab: int, *, real: float = 0.5, size: int = 4_000_000, seed: int = 0) -> Tokenizer:
-    """A tokenizer for the stream, trained on `size` characters of it, `real` of them real source."""
+    """A tokenizer for the stream, trained on `size` characters of it, `real` of them real source.
+
+    With half of them real, 1,024 tokens hold every word of the binary tasks; with 512, train it on generated programs
+    alone (`real=0.0`), or some tasks' prompts are refused because their two classes differ in length.
+    """
     _check(real)
     return bpe.train(_sample_texts(real, size, seed), vocab)
 
