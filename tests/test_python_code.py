@@ -157,7 +157,7 @@ def test_every_program_compiles_and_hardly_any_comes_twice() -> None:
 
 def test_names_are_used_as_they_were_bound() -> None:
     uses = 0
-    for text in islice(data.programs(0), 3000):
+    for text in islice(data.programs(0), 1500):
         for use in re.finditer(r"^ *(\w+)(\.add\(|\.append\(| \+= ([\d\"']))", text, re.M):
             empty = {".add(": r"set\(\)", ".append(": r"\[\]"}.get(
                 use[2], r"[01]" if use[3] and use[3].isdigit() else r"\"\"|''"
@@ -166,7 +166,7 @@ def test_names_are_used_as_they_were_bound() -> None:
             uses += 1
         for name, mode in re.findall(r"open\((in|out)put_\w+, ['\"](\w)", text):
             assert (name, mode) in (("in", "r"), ("out", "w"))
-    assert uses > 1000
+    assert uses > 500
 
 
 def test_classes_keep_arguments_under_their_names_and_swaps_swap() -> None:
@@ -275,7 +275,7 @@ def test_prompts_are_whole_tokens_of_their_text(name: str, coder: LanguageModel)
 def test_classes_are_balanced_and_the_comment_does_not_tell(name: str) -> None:
     both: tuple[list[int], list[int]] = ([], [])
     clean = 0
-    for prompt in draws(name, 1000):
+    for prompt in draws(name, 600):
         answers = [rest for _, rest in texts(prompt)]
         if len(RULES[name]) == 2:
             which = [decide(name, text)[0] for text, _ in texts(prompt)]
@@ -285,10 +285,10 @@ def test_classes_are_balanced_and_the_comment_does_not_tell(name: str) -> None:
                 both[i].append(len((re.findall(r"^#.*\n", text, re.M) or [""])[-1].split()))
         else:
             clean += answers[0] < answers[1]
-    assert 430 < clean < 570
+    assert 250 < clean < 350
     if both[0]:  # the best guess from the number of words
         best = max(abs(sum(n <= at for n in both[0]) - sum(n <= at for n in both[1])) for at in range(20))
-        assert 0.5 + best / 2000 < 0.72
+        assert 0.5 + best / 1200 < 0.74
 
 
 # ---- parts and controls ----
@@ -359,7 +359,7 @@ def test_pair_loss_of_anything_else(coder: LanguageModel) -> None:
 
 
 def test_every_task_can_be_asked_under_the_tokenizer_of_a_mixed_stream() -> None:
-    model = reader(data.train_tokenizer(1024, real=0.5, size=2_000_000))
+    model = reader(data.train_tokenizer(1024, real=0.5, size=1_000_000))
     for name in TASKS:
         assert sample(registry.get_task(name), model, 8, 0).drawn < 30
 

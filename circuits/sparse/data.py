@@ -1,4 +1,4 @@
-"""The training stream: generated programs and real Python source, mixed token by token, the same at every position.
+"""The training stream: generated programs and real Python source, mixed by the token, the same at every position.
 
 The generated programs are those of `workbench.tasks.python_code.grammar`. The real source is the running interpreter's
 own library, so that nothing is downloaded: without tests, packages installed beside it and tables of data. One file in
@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sysconfig
+import tokenize
 import zlib
 from collections.abc import Iterator
 from functools import cache
@@ -33,8 +34,8 @@ from workbench.errors import UserError
 from workbench.tasks.python_code.grammar import program
 
 CHUNK = 1 << 15  # tokens
-PIECE = 256  # tokens of real source in a row, at most
-BATCH = 64  # programs that are encoded at once
+PIECE = 768  # characters of real source in a row, about as many tokens as two programs have
+BATCH = 32  # documents that are encoded at once
 # Tests, tables of data, and what is installed beside the library or was only generated.
 LEFT_OUT = {
     "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3", "turtledemo",
@@ -50,7 +51,8 @@ def library() -> dict[str, str]:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if not LEFT_OUT & set(name.parts):
-            found[name.as_posix()] = path.read_bytes().decode("utf-8", errors="replace")
+            with tokenize.open(path) as file:  # in the encoding that the file declares
+                found[name.as_posix()] = file.read()
     if not found:
         raise UserError(f"{root} holds no Python source; this interpreter came without its library, use real=0.")
     return {name: text for name, text in found.items() if text.strip()}
@@ -95,7 +97,7 @@ class TokenStream:
         self.seed = seed
         self.real = real
         self.held_out = held_out
-        self._pieces = _pieces(tokenizer, held_out) if real else []
+        self._pieces = _pieces(held_out) if real else []
         self._chunk: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.long))
 
     @property
@@ -105,22 +107,22 @@ class TokenStream:
         digest.update(self.tokenizer.to_str().encode())
         digest.update("".join(islice(programs(0), 100)).encode())
         for piece in self._pieces:
-            digest.update(str(piece).encode())
+            digest.update(piece.encode())
         return digest.hexdigest()[:16]
 
     def chunk(self, number: int) -> Int[Tensor, " pos"]:
         """CHUNK tokens from position number * CHUNK on."""
-        rng = random.Random(f"pieces/{self.held_out}/{self.seed}/{number}")
-        written = self._encoded(number)
+        key = f"{self.held_out}/{self.seed}/{number}"
+        written, found = self._encoded(programs(key)), self._encoded(self._drawn(key))
         tokens: list[int] = []
         n_real = 0
         while len(tokens) < CHUNK:
             if n_real < self.real * (len(tokens) + 1):
-                piece = self._pieces[int(rng.random() * len(self._pieces))]
-                n_real += len(piece)
+                document = next(found)
+                n_real += len(document)
             else:
-                piece = next(written)
-            tokens += piece
+                document = next(written)
+            tokens += document
         return torch.tensor(tokens[:CHUNK])
 
     def read(self, position: int, n: int) -> Int[Tensor, " pos"]:
@@ -140,26 +142,29 @@ class TokenStream:
             yield self.read(start * batch * length, batch * length).view(batch, length)
             start += 1
 
-    def _encoded(self, number: int) -> Iterator[list[int]]:
-        written = programs(f"{self.held_out}/{self.seed}/{number}")
+    def _drawn(self, key: str) -> Iterator[str]:
+        """Pieces of real source, each as likely as any other."""
+        rng = random.Random(f"pieces/{key}")
         while True:
-            for encoded in self.tokenizer.encode_batch_fast(list(islice(written, BATCH))):
+            yield rng.choice(self._pieces)
+
+    def _encoded(self, texts: Iterator[str]) -> Iterator[list[int]]:
+        while True:
+            for encoded in self.tokenizer.encode_batch_fast(list(islice(texts, BATCH))):
                 yield encoded.ids
 
 
-def _pieces(tokenizer: Tokenizer, of_held_out: bool) -> list[list[int]]:
-    """The library in pieces of whole lines, at most PIECE tokens each with the one that parts documents."""
-    texts = [text for name, text in library().items() if held_out(name) == of_held_out]
-    line_ends = {i for token, i in tokenizer.get_vocab().items() if not token.strip("\u010a")}  # byte-level for \n
+def _pieces(of_held_out: bool) -> list[str]:
+    """The library in pieces of whole lines, at most PIECE characters each unless one line is longer."""
     found = []
-    for encoded in tokenizer.encode_batch_fast(texts):
-        (end, *ids), at = encoded.ids, 0
-        while at < len(ids):
-            piece = ids[at : at + PIECE - 1]
-            if at + len(piece) < len(ids):  # back to the end of a line, unless it is longer than a piece
-                piece = piece[: max((i + 1 for i, token in enumerate(piece) if token in line_ends), default=None)]
-            found.append([end, *piece])
-            at += len(piece)
+    for text in (text for name, text in library().items() if held_out(name) == of_held_out):
+        piece = ""
+        for line in text.splitlines(keepends=True):
+            if piece and len(piece) + len(line) > PIECE:
+                found.append(piece)
+                piece = ""
+            piece += line
+        found.append(piece)
     return found
 
 

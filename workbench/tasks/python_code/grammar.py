@@ -5,8 +5,8 @@ ask about (`pairs`), written often enough that a small model meets each thousand
 flat and nested lists, dictionaries, sets and strings that grow under a name given before, swaps, loops, conditions,
 files. Programs compile but mean nothing.
 
-A program draws a few names and uses them again and again, as programs do. Were every name drawn from all of them, a
-small model would have no reason to look for the names that occurred, and would not learn to copy one.
+A program draws a few names and uses them again and again, as programs do: to copy a name that occurred then lowers the
+loss everywhere, which tasks that ask for such a copy (`var_swap`, `class_init`) depend on. They are learned last.
 
 What a name was bound to decides how it is used: a set grows by `.add`, a string and a number by ` +=`, a list by
 `.append`. Arguments with defaults follow those without. Files named for input are read, those for output written.
@@ -30,7 +30,7 @@ Bound = dict[str, str]  # name -> what it was bound to: "set", "string", "list",
 EMPTY = {"set": ("set()",), "string": ('""', "''"), "list": ("[]",), "number": ("0", "1")}
 OPERATORS = ("+", "-", "*")
 COMPARISONS = ("==", "==", "<", ">", "!=")
-DEFAULTS = ("None", "None", "None", "True", "0")
+DEFAULTS = ("None",) * 8 + ("True", "0")
 
 
 class Writer:
