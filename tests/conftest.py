@@ -25,6 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from circuits.sparse.data import train_tokenizer
 from workbench import cli, registry, settings
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel
@@ -83,6 +84,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE in which the tasks' words are single tokens."""
     rng = random.Random(0)
     prompts = [task.draw(rng) for task in registry.tasks().values() for _ in range(400)]
+    prompts = [prompt for prompt in prompts if not prompt.whole]  # code has a tokenizer of its own: `coder`
     texts = [p.clean + p.answers[0] for p in prompts] + [p.corrupted + p.wrong[0] for p in prompts]
     bpe = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)  # as in the embedded models
@@ -112,6 +114,16 @@ def make_tiny(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LanguageModel
 def tiny(make_tiny: Callable[..., LanguageModel]) -> LanguageModel:
     """Llama with grouped-query attention: 3 layers, 4 heads on 2 key-value heads, d_model 32."""
     return make_tiny()
+
+
+@pytest.fixture(scope="session")
+def coder() -> LanguageModel:
+    """A random model that reads code: with the smallest tokenizer of the generated programs."""
+    bpe = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(512, real=0.0, size=1_000_000))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = AutoModelForCausalLM.from_config(CONFIGS["llama"](len(bpe)))
+    return LanguageModel(module, bpe, name="coder", fingerprint="coder")
 
 
 @pytest.fixture
