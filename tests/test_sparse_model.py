@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from circuits.patching import patching
 from circuits.sparse import files
 from circuits.sparse.model import SITES, SparseConfig, SparseTransformer, sinusoids
-from circuits.sparse.topk import AbsTopK, largest
+from circuits.sparse.topk import SAMPLE, AbsTopK, keep_weights, largest
 from circuits.wiring import metric
 from tests.test_attribution import draw
 from workbench import sites
@@ -316,3 +316,47 @@ def test_missing_files_of_a_release_are_sentences(tokenizer: PreTrainedTokenizer
     save_file({"x": torch.zeros(1)}, tmp_path / files.WEIGHTS)
     with pytest.raises(UserError, match="does not fit"):
         files.from_release(tmp_path, tokenizer, tmp_path / "ours")
+
+
+# ---- weights ----
+
+
+def by_definition(weight: Tensor, k: int, j: int) -> Tensor:
+    """Each neuron's j largest are infinitely large, then the k largest of all."""
+    size = weight.abs().clone()
+    for row in size:
+        row[row.topk(j).indices] = torch.inf
+    kept = torch.zeros(size.numel(), dtype=torch.bool)
+    kept[size.flatten().topk(k).indices] = True
+    return kept.view(size.shape)
+
+
+@pytest.mark.parametrize("neurons", ["rows", "columns"])
+@pytest.mark.parametrize("j", [0, 1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_are_kept_as_defined(seed: int, j: int, neurons: Literal["rows", "columns"]) -> None:
+    """With neurons of very different sizes, so that many have too few among the largest of all."""
+    weight = torch.randn(30, 20, generator=rng(seed)) * torch.randn(30, 1, generator=rng(seed + 9)).exp()
+    for k in (90, 150, 400, 600):
+        kept = keep_weights(weight if neurons == "rows" else weight.T, k, j, neurons)
+        kept = kept if neurons == "rows" else kept.T
+        assert torch.equal(kept, by_definition(weight, k, j)) and int(kept.sum()) == k
+        assert int(kept.sum(1).min()) >= j
+
+
+def test_large_matrices_are_kept_as_small_ones() -> None:
+    """Those of which a sample is looked at first: also where it misleads, and where entries are equal."""
+    weight = torch.randn(400, 300, generator=rng())
+    misleading = weight.clone()
+    misleading.view(-1)[:: 120000 // SAMPLE] = 100.0  # all that the sample sees
+    equal = weight.round(decimals=1)
+    for one in (weight, misleading, equal, torch.zeros(400, 300)):
+        for k in (1, 3000, 60000, 119999, 120000):
+            kept = keep_weights(one, k)
+            assert int(kept.sum()) == k
+            assert torch.equal(one[kept].abs().sort().values, one.abs().flatten().sort().values[120000 - k :])
+
+
+def test_a_minimum_that_does_not_fit_is_a_sentence() -> None:
+    with pytest.raises(UserError, match=r"50 weights are too few for 4 of each of 20 neurons; .* to 2"):
+        keep_weights(torch.ones(20, 30), 50, 4)

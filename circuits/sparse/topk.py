@@ -7,12 +7,16 @@ entries, but for the order in which equal ones are left out.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from workbench.errors import UserError
+
+SAMPLE = 1 << 14  # weights that tell roughly where the threshold of a large matrix lies
 
 
 class AbsTopK(nn.Module):
@@ -58,3 +62,64 @@ def _kth_largest(rows: Float[Tensor, "row width"], k: int) -> Float[Tensor, "row
     at = rows.shape[-1] - k
     values: Any = rows.float().numpy()
     return torch.from_numpy(np.partition(values, at, axis=-1)[:, at : at + 1]).to(rows.dtype)
+
+
+# ---- weights ----
+
+
+def keep_weights(
+    weight: Float[Tensor, "row column"], k: int, per_neuron: int = 0, neurons: Literal["rows", "columns"] = "rows"
+) -> Bool[Tensor, "row column"]:
+    """The k largest weights of a matrix, but at least `per_neuron` of every neuron; exactly k.
+
+    Defined as published (Gao et al. 2025, appendix A.2): the largest of every neuron come first, then the others by
+    size. Found from the k largest of all: neurons that have too few get theirs, and as many others, the smallest of
+    neurons that have more than enough, go.
+
+    Raises UserError if every neuron's share does not fit into k.
+    """
+    rows = weight.detach().abs()
+    rows = rows if neurons == "rows" else rows.T
+    per_neuron = min(per_neuron, rows.shape[1])
+    if per_neuron * len(rows) > k:
+        raise UserError(
+            f"{k} weights are too few for {per_neuron} of each of {len(rows)} neurons; lower the minimum per neuron to "
+            f"{k // len(rows)}, or keep a larger share."
+        )
+    kept = _largest_of_all(rows, k)
+    count = kept.sum(1)
+    poor = count < per_neuron
+    if bool(poor.any()):
+        given = largest(rows[poor], per_neuron) & ~kept[poor]
+        kept[poor] |= given
+        _drop(kept, rows, count - per_neuron, int(given.sum()))
+    return kept if neurons == "rows" else kept.T
+
+
+def _largest_of_all(size: Float[Tensor, "row column"], k: int) -> Bool[Tensor, "row column"]:
+    flat = size.flatten()
+    if k < len(flat) and len(flat) > 4 * SAMPLE:
+        # A bound that nearly surely lies below the k-th largest, so that few entries have to be looked at closely.
+        share = k / len(flat)
+        some = flat[:: len(flat) // SAMPLE]
+        wanted = min(1.0, share + 4 * (share * (1 - share) / len(some)) ** 0.5)
+        bound = _kth_largest(some[None], max(1, int(wanted * len(some))))[0, 0]
+        near = flat >= bound
+        if int(near.sum()) >= k:
+            kept = torch.zeros_like(flat, dtype=torch.bool)
+            kept[near] = largest(flat[near][None], k)[0]
+            return kept.view(size.shape)
+    return largest(flat[None], k)[0].view(size.shape)
+
+
+def _drop(kept: Bool[Tensor, "row column"], size: Float[Tensor, "row column"], spare: Tensor, n: int) -> None:
+    """Take away the n smallest of what is kept, at most spare[row] of a row, in place."""
+    row, column = (kept & (spare > 0)[:, None]).nonzero().T
+    order = size[row, column].argsort(stable=True)
+    row, column = row[order], column[order]
+    by_row = row.argsort(stable=True)
+    start = torch.searchsorted(row[by_row], row[by_row])  # where its row begins
+    rank = torch.empty_like(row)
+    rank[by_row] = torch.arange(len(row), device=row.device) - start
+    may = (rank < spare[row]).nonzero()[:n, 0]
+    kept[row[may], column[may]] = False
