@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import (
@@ -107,6 +108,11 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase
         except Exception as error:  # the backend raises many types for unreadable files
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{folder} could not be read as a model: {reason}") from error
+
+
+def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+    """A tokenizer of the `tokenizers` library as models are loaded with."""
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
