@@ -7,6 +7,6 @@ names that both use. Gao et al. 2025, "Weight-sparse transformers have interpret
 from __future__ import annotations
 
 from workbench.tasks.python_code.grammar import program
-from workbench.tasks.python_code.pairs import TASKS, pair_loss
+from workbench.tasks.python_code.pairs import TASKS, pair_loss, pair_sides
 
-__all__ = ["TASKS", "pair_loss", "program"]
+__all__ = ["TASKS", "pair_loss", "pair_sides", "program"]

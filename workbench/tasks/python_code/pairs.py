@@ -25,7 +25,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.metrics import binary_loss
@@ -83,6 +84,22 @@ def pair_loss(
         answers = [ids if is_first else ids[:0] for ids, is_first in zip(answers, first, strict=True)]
         wrong = [ids[:0] if is_first else ids for ids, is_first in zip(wrong, first, strict=True)]
     return (binary_loss(clean, answers, wrong) + binary_loss(corrupted, wrong, answers)) / 2
+
+
+def pair_sides(batch: Batch) -> tuple[list[Tensor], list[Tensor], Bool[Tensor, " pair"]]:
+    """Of each pair: ids of one answer, ids of the other, and whether the first is right for the clean prompt.
+
+    The first is what a task names where the other is "anything else" (its ids are then none), and the lower id
+    elsewhere: the same token of a task whose two answers are always the same.
+    """
+    stated = ONE_VS_REST.get(batch.task.name.split("-")[0])
+    one, two, is_one = [], [], []
+    for prompt, right, wrong in zip(batch.prompts, batch.answers, batch.wrong, strict=True):
+        first = int(right[0]) < int(wrong[0]) if stated is None else prompt.answers[0].startswith(stated)
+        one.append(right if first else wrong)
+        two.append((wrong if first else right) if stated is None else right[:0])
+        is_one.append(first)
+    return one, two, torch.tensor(is_one)
 
 
 def _comments(w: Writer, more: int) -> tuple[str, str]:
