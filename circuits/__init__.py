@@ -17,3 +17,4 @@ from circuits import path_patching as path_patching
 from circuits import relp as relp
 from circuits import reuse as reuse
 from circuits import subspaces as subspaces
+from circuits.sparse import files as files

@@ -339,7 +339,8 @@ def gradients(
     forward = model.run(tokens, capture=[*pres, last], logits="none", start=start, edit=edits, ungroup=True)
     values = {hook: forward[hook].detach() for hook in (*pres, last)}
     end = values[last][:, -1:].clone().requires_grad_()
-    (slope,) = torch.autograd.grad(metric(model.unembed(end, grad=True, relevance=relevance)[:, -1]), end)
+    logits = model.unembed(end, tokens[:, -1:], grad=True, relevance=relevance)
+    (slope,) = torch.autograd.grad(metric(logits[:, -1]), end)
     arriving = torch.zeros_like(values[last])
     arriving[:, -1:] = slope
     found = {last: arriving} if last in hooks else {}

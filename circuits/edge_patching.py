@@ -111,7 +111,7 @@ class _Cuts:
         self.last = stacked[model.hook_points[-1]][:, -1]
 
     def unpatched(self) -> Float[Tensor, "batch vocab"]:
-        return self.model.unembed(self.last).cpu()
+        return self.model.unembed(self.last, self.tokens[:, -1]).cpu()
 
     def passes(self, chosen: Bool[Tensor, " edge"]) -> list[list[int]]:
         """Edges that are cut in one pass, each in a copy of its own: of one layer, as many as fit."""
@@ -128,7 +128,7 @@ class _Cuts:
         c = self.model.config
         sources, destinations = self.graph.edges[list(edges)].T.tolist()
         if self.graph.destinations[destinations[0]] == LOGITS:
-            return self.model.unembed(self.last - self.delta[sources][:, :, -1])
+            return self.model.unembed(self.last - self.delta[sources][:, :, -1], self.tokens[:, -1])
         layer, n = destinations[0] // (3 * c.n_heads + 1), len(edges)
         columns = [d % (3 * c.n_heads + 1) for d in destinations]
         ports: dict[int, list[tuple[int, int, int]]] = {}  # port -> (copy, source, head); 3 is the MLP

@@ -106,7 +106,7 @@ class _Patches:
 
     def unpatched(self) -> Float[Tensor, "batch vocab"]:
         """Logits of the base run at the last position."""
-        return self.model.unembed(self.base[self.model.hook_points[-1]][:, -1]).cpu()
+        return self.model.unembed(self.base[self.model.hook_points[-1]][:, -1], self.tokens[:, -1]).cpu()
 
     def layer(self, layer: int) -> tuple[list[str], list[Float[Tensor, "batch vocab"]]]:
         """The nodes of one layer and, for each, the logits at the last position when it is patched."""

@@ -200,7 +200,9 @@ class _Paths:
         self.model, self.receivers, self.freeze_mlps = model, tuple(receivers), freeze_mlps
         self.tokens = torch.stack(batch.clean)
         self.to_logits = self.receivers == (LOGITS,)
-        differs = (self.tokens != torch.stack(batch.corrupted)).any(0).nonzero()
+        corrupted = torch.stack(batch.corrupted)
+        self.ends = self.tokens[:, -1], corrupted[:, -1]
+        differs = (self.tokens != corrupted).any(0).nonzero()
         at_end = position == "last" or self.to_logits  # without attention nothing else reaches the last position
         # Positions before this one are the same in all runs.
         self.begin = self.tokens.shape[1] - 1 if at_end else int(differs[0])
@@ -224,7 +226,8 @@ class _Paths:
     def unpatched(self) -> list[Float[Tensor, "batch vocab"]]:
         """Logits at the last position on the clean and on the corrupted prompts."""
         last = self.model.hook_points[-1]
-        return [self.model.unembed(run[last][:, -1]).cpu() for run in (self.clean, self.corrupted)]
+        runs = zip((self.clean, self.corrupted), self.ends, strict=True)
+        return [self.model.unembed(run[last][:, -1], tokens).cpu() for run, tokens in runs]
 
     def passes(self, groups: Sequence[Collection[str]]) -> list[list[int]]:
         """Which groups share a pass: those that start at one block, as many as fit."""

@@ -130,7 +130,7 @@ class _Pass:
             )
         last = slice(-1, None)
         mixed = torch.stack([sums[0, :, 0] for sums, _ in self._mix(last, self.base[:, last], last)])
-        return self.model.unembed(mixed, grad=self.grad)
+        return self.model.unembed(mixed, self.wiring.tokens[:, -1], grad=self.grad)
 
     def _mix(self, columns: slice, base: Tensor, at: slice = slice(None), hidden: int = 0) -> list[Sums]:
         """What some destinations read of the sources so far, but for the last few, copy by copy."""

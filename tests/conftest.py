@@ -25,6 +25,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from circuits.sparse.data import train_tokenizer
+from circuits.sparse.model import SparseConfig, SparseTransformer
 from workbench import cli, registry, settings
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel
@@ -66,6 +68,11 @@ CONFIGS = {
         vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
     ),
+    # Without AbsTopK, so that the laws of heads and their edges hold of it too.
+    "weight_sparse": lambda v: SparseConfig(v, n_layer=3, d_model=32, n_head=4, d_head=8, block_size=256, sink=True),
+    "weight_sparse_positions": lambda v: SparseConfig(
+        v, n_layer=3, d_model=32, n_head=4, d_head=8, block_size=256, positions="added", enable_bigram_table=False,
+    ),
 }  # fmt: skip
 
 
@@ -83,6 +90,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE in which the tasks' words are single tokens."""
     rng = random.Random(0)
     prompts = [task.draw(rng) for task in registry.tasks().values() for _ in range(400)]
+    prompts = [prompt for prompt in prompts if not prompt.whole]  # code has a tokenizer of its own: `coder`
     texts = [p.clean + p.answers[0] for p in prompts] + [p.corrupted + p.wrong[0] for p in prompts]
     bpe = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)  # as in the embedded models
@@ -100,7 +108,11 @@ def make_tiny(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LanguageModel
     def make(kind: str = "llama", seed: int = 0) -> LanguageModel:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            module = AutoModelForCausalLM.from_config(CONFIGS[kind](len(tokenizer)))
+            config = CONFIGS[kind](len(tokenizer))
+            sparse = isinstance(config, SparseConfig)
+            module = SparseTransformer(config) if sparse else AutoModelForCausalLM.from_config(config)
+            if sparse and module.bigram_table is not None:
+                module.bigram_table.normal_()
             for parameter in module.parameters():  # norms and biases too, so that none is trivially 0 or 1
                 parameter.data += 0.1 * torch.randn_like(parameter)
         return LanguageModel(module, tokenizer, name=f"tiny-{kind}", fingerprint=f"tiny-{kind}-{seed}")
@@ -112,6 +124,16 @@ def make_tiny(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LanguageModel
 def tiny(make_tiny: Callable[..., LanguageModel]) -> LanguageModel:
     """Llama with grouped-query attention: 3 layers, 4 heads on 2 key-value heads, d_model 32."""
     return make_tiny()
+
+
+@pytest.fixture(scope="session")
+def coder() -> LanguageModel:
+    """A random model that reads code: with the smallest tokenizer of the generated programs."""
+    bpe = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(512, real=0.0, size=1_000_000))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = AutoModelForCausalLM.from_config(CONFIGS["llama"](len(bpe)))
+    return LanguageModel(module, bpe, name="coder", fingerprint="coder")
 
 
 @pytest.fixture

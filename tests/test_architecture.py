@@ -57,6 +57,9 @@ def test_nothing_reads_pickles_prints_or_seeds_globally() -> None:
     banned = {"pickle.", "torch.load(", "torch.save(", "torch.manual_seed(", "random.seed(", "np.random.seed("}
     for path in sources():
         text = path.read_text()
+        if path == ROOT / "circuits" / "sparse" / "files.py":  # others' checkpoints, by the restricted unpickler
+            assert text.count("torch.load(") == text.count("weights_only=True") == 1
+            text = text.replace("torch.load(", "")
         assert not [word for word in banned if word in text], path
 
 

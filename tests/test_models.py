@@ -44,7 +44,8 @@ def test_capture_equals_hugging_face_hidden_states(kind: str, make_tiny: Make) -
         torch.testing.assert_close(ours[hook], hidden, rtol=0, atol=1e-5)
     # the library's last hidden state comes after the final norm
     torch.testing.assert_close(model.final_norm(ours[block(2, "hook_resid_post")]), plain.hidden_states[-1])
-    torch.testing.assert_close(model.unembed(ours[block(2, "hook_resid_post")]), plain.logits, rtol=1e-4, atol=1e-4)
+    logits = model.unembed(ours[block(2, "hook_resid_post")], tokens)
+    torch.testing.assert_close(logits, plain.logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -60,7 +61,7 @@ def test_self_check_passes_for_every_family_and_fails_for_a_wrong_table(kind: st
         model.self_check()
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if "sparse" not in kind])  # it has none like these
 def test_every_hook_point_agrees_with_transformer_lens(kind: str, make_tiny: Make) -> None:
     """An independent implementation captures the same tensors under the same names."""
     bridge_module = pytest.importorskip("transformer_lens.model_bridge")

@@ -116,10 +116,10 @@ def test_direct_effect_is_the_heads_write_swapped_in_the_final_residual_stream(
         for i, (clean, corrupted) in enumerate(zip(batch.clean, batch.corrupted, strict=True)):
             a, b = (model.run(x[None], capture=[hook, out, last]) for x in (clean, corrupted))
             mine, theirs = (model.head_results(layer, run[hook][:, -1]) for run in (a, b))
-            before = batch.select([i]).score(model.unembed(a[last][:, -1]))
+            before = batch.select([i]).score(model.unembed(a[last][:, -1], clean[-1:]))
 
-            def change(delta: torch.Tensor, a=a, before=before, i=i) -> float:  # type: ignore[no-untyped-def]
-                return float(before - batch.select([i]).score(model.unembed(a[last][:, -1] + delta)))
+            def change(delta: torch.Tensor, a=a, before=before, i=i, end=clean[-1:]) -> float:  # type: ignore[no-untyped-def]
+                return float(before - batch.select([i]).score(model.unembed(a[last][:, -1] + delta, end)))
 
             for h in range(model.config.n_heads):
                 swapped = mine.clone()

@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -59,12 +60,13 @@ def test_contract_of_every_analysis(name: str, tiny: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(registry.tasks()))
-def test_contract_of_every_task(name: str, tiny: LanguageModel) -> None:
+def test_contract_of_every_task(name: str, tiny: LanguageModel, coder: LanguageModel) -> None:
     """The same prompts for the same seed, others for another; equal lengths; single-token answers that differ."""
     task = registry.get_task(name)
-    batch = sample(task, tiny, 20, 0)
-    assert batch.prompts == sample(task, tiny, 20, 0).prompts
-    assert batch.prompts != sample(task, tiny, 20, 1).prompts
+    model = coder if task.draw(Random(0)).whole else tiny
+    batch = sample(task, model, 20, 0)
+    assert batch.prompts == sample(task, model, 20, 0).prompts
+    assert batch.prompts != sample(task, model, 20, 1).prompts
     assert len(set(batch.prompts)) == 20 and task.about
     for clean, corrupted, answers, wrong in zip(batch.clean, batch.corrupted, batch.answers, batch.wrong, strict=True):
         assert len(clean) == len(corrupted) and not torch.equal(clean, corrupted)

@@ -78,7 +78,7 @@ def one_by_one(model: LanguageModel, store: ActivationStore, batch: Batch, keep:
         hook = f"blocks.{layer}.hook_mlp_out"
         edit = {f"blocks.{layer}.hook_mlp_in": lambda x, value=mlp_in: value}
         now[f"m{layer}"] = model.run(torch.stack(batch.clean), edit=edit, capture=[hook], stop_after=hook)[hook]  # type: ignore[arg-type]
-    return model.unembed(reads("logits", biases)[:, -1])
+    return model.unembed(reads("logits", biases)[:, -1], torch.stack([x[-1] for x in batch.clean]))
 
 
 @pytest.mark.parametrize("kind", list(CONFIGS))

@@ -17,7 +17,7 @@ post-norms. The self-check at load time verifies that they sum to it, which is w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from workbench.errors import UserError
 
@@ -124,6 +124,11 @@ GPT_NEOX = Family(  # Pythia: attention and MLP read the same residual, so there
         "hook_resid_post": ("", "out"),
     },
 )
+_WEIGHT_SPARSE_HOOKS = GPT2.hooks | {  # circuits/sparse/model.py: what is read, after AbsTopK
+    "attn.hook_in": ("attn.act_in", "out"),
+    "mlp.hook_in": ("mlp.act_in", "out"),
+}
+WEIGHT_SPARSE = replace(GPT2, pos_embed=None, hooks=_WEIGHT_SPARSE_HOOKS)
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
@@ -134,6 +139,8 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": GEMMA,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
+    "weight_sparse": WEIGHT_SPARSE,
+    "weight_sparse_positions": replace(WEIGHT_SPARSE, pos_embed=GPT2.pos_embed),
 }
 
 

@@ -7,6 +7,7 @@ ordinary module hook, placed by the table in `workbench/architectures.py`.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,9 +17,15 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -29,6 +36,7 @@ from workbench.architectures import Family
 from workbench.errors import UserError
 
 Visit = Callable[[Tensor], Tensor]
+CausalLM = Any  # a PreTrainedModel, or a module that answers as one
 KERNEL = "workbench"  # a name with "sdpa" in it is refused for Gemma 2, whose soft cap we compute ourselves
 
 
@@ -69,15 +77,42 @@ class Stop(Exception):
 # ---- loading ----
 
 
-def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+Loader = Callable[[Path, torch.dtype], nn.Module]
+_loaders: dict[str, Loader] = {}
+
+
+def loader(model_type: str) -> Callable[[Loader], Loader]:
+    """Register what reads folders of one type of model that is not the library's: (folder, dtype) -> module.
+
+    The module answers as the library's causal language models do; see `circuits.sparse.model`.
+    """
+
+    def register(fn: Loader) -> Loader:
+        _loaders[model_type] = fn
+        return fn
+
+    return register
+
+
+def load(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
     """Model and tokenizer of a local folder. Raises UserError if the files cannot be read."""
     with _quiet():
         try:
+            own = _loaders.get(json.loads((folder / "config.json").read_text()).get("model_type"))
+            if own is not None:
+                return own(folder, dtype), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
             module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
             return module, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except UserError:
+            raise
         except Exception as error:  # the backend raises many types for unreadable files
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{folder} could not be read as a model: {reason}") from error
+
+
+def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+    """A tokenizer of the `tokenizers` library as models are loaded with."""
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -92,7 +127,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def describe(module: PreTrainedModel) -> ModelConfig:
+def describe(module: CausalLM) -> ModelConfig:
     c = module.config
     n_heads = c.num_attention_heads
     return ModelConfig(
@@ -112,7 +147,7 @@ def describe(module: PreTrainedModel) -> ModelConfig:
 
 
 @contextmanager
-def plain_attention(module: PreTrainedModel) -> Iterator[None]:
+def plain_attention(module: CausalLM) -> Iterator[None]:
     """The library's own eager attention, for comparison."""
     module.set_attn_implementation("eager")
     try:
@@ -157,10 +192,12 @@ class _Taps:
 _NO_TAPS = _Taps()
 
 
-def _attention(
+def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """The attention step: query [batch, head, pos, d_head], key and value [batch, kv head, pos, d_head].
+
+    options  scaling; sliding_window, softcap and s_aux (a sink: one logit per head that enters the softmax alone)
 
     A pattern that is only read is computed beside the kernel's output, so that reading never changes a value.
     """
@@ -173,8 +210,8 @@ def _attention(
         key = torch.cat([_as_many(taps.past[0].transpose(1, 2), key), key], dim=2)
         value = torch.cat([_as_many(taps.past[1].transpose(1, 2), value), value], dim=2)
         attention_mask = _causal(query, key, window)  # the backend's mask knows nothing of the past
-    softcap = options.get("softcap")
-    rewritten = softcap is not None or taps.relevance or bool(taps.edited & sites.PATTERN_HOOKS)
+    softcap, sink = options.get("softcap"), options.pop("s_aux", None)
+    rewritten = softcap is not None or sink is not None or taps.relevance or bool(taps.edited & sites.PATTERN_HOOKS)
     z = None
     if rewritten or taps.visit.keys() & sites.PATTERN_HOOKS:
         groups = query.shape[1] // key.shape[1]
@@ -184,7 +221,10 @@ def _attention(
             scores = torch.tanh(scores / softcap) * softcap
         mask = _causal(query, key, window) if attention_mask is None else attention_mask
         scores = taps("attn.hook_attn_scores", scores.masked_fill(~mask, -torch.inf))
-        pattern = taps("attn.hook_pattern", scores.softmax(-1, dtype=torch.float32).to(query.dtype))
+        if sink is not None:  # no key: what it draws is missing from the pattern
+            scores = torch.cat([scores, sink.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+        pattern = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        pattern = taps("attn.hook_pattern", pattern if sink is None else pattern[..., :-1])
         if rewritten:
             z = (pattern @ repeat_kv(value, groups)).transpose(1, 2)
             z = _half(z) if taps.relevance else z
@@ -216,7 +256,7 @@ def _causal(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     return (allowed if window is None else allowed & (distance < window))[None, None]
 
 
-ALL_ATTENTION_FUNCTIONS.register(KERNEL, _attention)
+ALL_ATTENTION_FUNCTIONS.register(KERNEL, attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(KERNEL, sdpa_mask)
 
 
@@ -225,7 +265,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(KERNEL, sdpa_mask)
 
 @contextmanager
 def hooked(
-    module: PreTrainedModel,
+    module: CausalLM,
     family: Family,
     d_head: int,
     visitors: Mapping[str, Visit],
@@ -310,7 +350,7 @@ def _sweep(module: nn.Module) -> None:
 
 
 def _rules(
-    module: PreTrainedModel, family: Family, blocks: nn.ModuleList
+    module: CausalLM, family: Family, blocks: nn.ModuleList
 ) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
     """Modules whose gradient is replaced, with what replaces their output: the same value, another slope.
 

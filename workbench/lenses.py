@@ -64,11 +64,12 @@ def logit_lens(model: LanguageModel, batch: Batch, store: ActivationStore) -> Le
     found = store.get(model, batch.clean, hooks)
     metric, first = [], []
     example = torch.stack([found[hook][0] for hook in hooks])
+    at_end = torch.stack([tokens[-1] for tokens in batch.clean])
     for hook in hooks:
-        logits = model.unembed(torch.stack([x[-1] for x in found[hook]])).cpu()
+        logits = model.unembed(torch.stack([x[-1] for x in found[hook]]), at_end).cpu()
         metric.append(batch.score(logits))
         first.append(top1(logits, batch.answers))
-    probs = model.unembed(example).softmax(-1).max(-1)
+    probs = model.unembed(example, batch.clean[0]).softmax(-1).max(-1)
     return LensResult(
         metric=torch.stack([m.mean() for m in metric]),
         metric_std=torch.stack([m.std(correction=0) for m in metric]),
@@ -99,9 +100,8 @@ def direct_logit_attribution(model: LanguageModel, batch: Batch, store: Activati
     found = store.get(model, batch.clean, [*writes, *zs, last])
     at_end = {hook: torch.stack([x[-1] for x in found[hook]]).to(model.device, model.dtype) for hook in found}
     unembed = model.unembed_weight
-    direction = torch.stack(
-        [unembed[:, a].mean(1) - unembed[:, w].mean(1) for a, w in zip(batch.answers, batch.wrong, strict=True)]
-    )
+    ids = list(zip(batch.answers, batch.wrong, strict=True))
+    direction = torch.stack([unembed[:, a].mean(1) - unembed[:, w].mean(1) for a, w in ids])
     to_logits, bias = norms.frozen(model.final_norm, at_end[last])
 
     def effect(write: Tensor) -> Tensor:
@@ -117,8 +117,13 @@ def direct_logit_attribution(model: LanguageModel, batch: Batch, store: Activati
         rest = rest + effect(total - heads.sum(1))  # the output bias, where there is one
         parts[scores.mlp(layer)] = effect(at_end[sites.block(layer, "hook_mlp_out")])
     embedding = sum((effect(at_end[hook]) for hook in writes if hook in sites.EMBED_HOOKS), torch.zeros(()))
+    direct = torch.zeros(())
+    table = model.bigram(torch.stack([tokens[-1] for tokens in batch.clean]))
+    if table is not None:
+        direct = torch.stack([row[a].mean() - row[w].mean() for row, (a, w) in zip(table, ids, strict=True)])
+    embedding = embedding + direct
     per_prompt = torch.stack(list(parts.values())).cpu()
-    truth = (model.final_norm(at_end[last]) * direction).sum(-1)
+    truth = (model.final_norm(at_end[last]) * direction).sum(-1) + direct
     error = (per_prompt.sum(0) + (rest + embedding).cpu() - truth.cpu()).abs().max()
     return NodeScores(
         nodes=tuple(parts),

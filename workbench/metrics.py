@@ -1,7 +1,7 @@
 """How well a model does a task, one number per prompt, from the logits at the last position.
 
 A task names its metric. `answers` and `wrong` are token ids per prompt; most tasks have one of each, Greater-Than has
-many. Every metric is larger when the model does better, and 0 when right and wrong are equally likely.
+many. A task's metric is larger when the model does better, and 0 when right and wrong are equally likely.
 """
 
 from __future__ import annotations
@@ -37,6 +37,29 @@ def kl(logits: Float[Tensor, "batch vocab"], reference: Float[Tensor, "batch voc
     """KL divergence of the prediction from a reference prediction, in nats: sum p_ref (log p_ref - log p)."""
     log_p = reference.log_softmax(-1)
     return (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
+
+
+def binary_loss(logits: Float[Tensor, "batch vocab"], answers: Ids, wrong: Ids) -> Float[Tensor, " batch"]:
+    """Cross-entropy between two candidates alone, in nats: -log p(answer | answer or wrong). Smaller is better.
+
+    Nothing else in the vocabulary counts; ln 2 where both are equally likely. A row with no wrong tokens has everything
+    else wrong, -log p(answer); one with no answers has everything else right, -log(1 - p(wrong)).
+
+    Gao et al. 2025, section 2.2 and appendix A.5: the loss that a pruned circuit is held to.
+    """
+
+    def total(row: Tensor, ids: Tensor, others: Tensor) -> Tensor:
+        """Log-sum-exp of some tokens' logits, or of all but the others' where none are named."""
+        if len(ids):
+            return row[ids].logsumexp(-1)
+        return row.index_fill(0, others, float("-inf")).logsumexp(-1)
+
+    return torch.stack(
+        [
+            torch.nn.functional.softplus(total(row, w, a) - total(row, a, w))
+            for row, a, w in zip(logits, _on(logits, answers), _on(logits, wrong), strict=True)
+        ]
+    )
 
 
 def top1(logits: Float[Tensor, "batch vocab"], answers: Ids) -> Float[Tensor, " batch"]:

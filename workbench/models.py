@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench import backend, norms, pretrained, settings, sites
+from workbench import backend, norms, plugins, pretrained, settings, sites
 from workbench.architectures import family
 from workbench.backend import Resume
 from workbench.errors import UserError, unknown
@@ -70,6 +70,7 @@ class LanguageModel:
         self.config = backend.describe(module)
         self._module = module.eval().requires_grad_(False)
         self._family = family(self.config.model_type)
+        self._bigram: Tensor | None = getattr(module, "bigram_table", None)  # added to the logits by the current token
         self._module.set_attn_implementation(backend.KERNEL)
         self._lock = threading.RLock()
         os.register_at_fork(after_in_child=partial(_after_fork, weakref.ref(self)))
@@ -89,6 +90,7 @@ class LanguageModel:
             raise UserError(f"device {device!r} was asked for, but torch sees no GPU; use --device cpu.")
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
+        plugins.load()  # they may read more types of models
         source = pretrained.locate(name, convert=backend.convert_gguf, accept_terms=accept_terms)
         module, tokenizer = backend.load(source.folder, DTYPES[dtype])
         model = cls(module.to(torch.device(device)), tokenizer, name=name, fingerprint=source.fingerprint)
@@ -207,7 +209,8 @@ class LanguageModel:
             return None
         hidden = hidden if logits == "all" else hidden[:, -1:]
         # Flat and contiguous: a strided [batch, 1, d_model] takes a matrix-product path 20 times slower on a CPU.
-        return self._logits(hidden.flatten(0, 1).contiguous()).view(*hidden.shape[:2], -1)
+        at = tokens[:, -hidden.shape[1] :].flatten()
+        return self._logits(hidden.flatten(0, 1).contiguous(), at).view(*hidden.shape[:2], -1)
 
     # ---- weights that analyses need ----
 
@@ -221,6 +224,7 @@ class LanguageModel:
         That norm (Gemma) acts on the sum over heads. With its scale frozen at that sum it is linear, so the shares of
         all heads, and the output bias where there is one, sum to `hook_attn_out`.
         """
+        self._require_linear("attn_out", layer)
         results = self.head_results(layer, z)
         norm = self.post_attention_norm(layer)
         if norm is None:
@@ -230,6 +234,7 @@ class LanguageModel:
 
     def out_bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
         """What attention adds whatever its heads do; None where there is no bias."""
+        self._require_linear("attn_out", layer)
         return cast(Tensor | None, self._block(layer).get_submodule(self._family.out_proj).bias)
 
     def _results(self, layer: int, flat: Tensor) -> Tensor:
@@ -247,6 +252,7 @@ class LanguageModel:
 
         Where query heads share keys and values, each has a copy, as in `run(ungroup=True)`.
         """
+        self._require_linear("attn_in", layer)
         c = self.config
         parts = [self._block(layer).get_submodule(path) for path in self._family.qkv]
         both: list[Tensor] = []
@@ -265,6 +271,7 @@ class LanguageModel:
 
     def mlp_weights(self, layer: int) -> MlpWeights:
         """The parts of one layer's MLP."""
+        self._require_linear("mlp", layer)
 
         def affine(name: str) -> Affine:
             part = self._block(layer).get_submodule(self._family.hooks[name][0])
@@ -292,6 +299,16 @@ class LanguageModel:
         path, _ = self._family.hooks["hook_attn_out"]
         return None if path == self._family.attn else self._block(layer).get_submodule(path)
 
+    def _require_linear(self, where: str, layer: int) -> None:
+        """Raises UserError where more than a norm and a projection lies between the residual stream and the heads or
+        neurons of a weight-sparse model: channels are its parts, not these."""
+        between: Mapping[str, str] = getattr(self._block(layer), "between", dict)()
+        if where in between:
+            raise UserError(
+                f"{self.name} has {between[where]} at {where} of block {layer}: what its heads and MLPs pass on to "
+                "each other is not given by weights; its circuits are of channels (circuits.sparse)."
+            )
+
     def _block(self, layer: int) -> nn.Module:
         return cast(nn.ModuleList, self._module.get_submodule(self._family.blocks))[layer]
 
@@ -304,21 +321,37 @@ class LanguageModel:
             return cast(Tensor, self._module.get_submodule(self._family.final_norm)(resid))
 
     def unembed(
-        self, resid: Float[Tensor, "*any d_model"], *, grad: bool = False, relevance: bool = False
+        self,
+        resid: Float[Tensor, "*any d_model"],
+        tokens: Int[Tensor, "..."] | None = None,
+        *,
+        grad: bool = False,
+        relevance: bool = False,
     ) -> Float[Tensor, "*any vocab"]:
         """Logits from a residual stream: final norm, unembedding, and the soft cap where the model has one.
 
+        tokens           those at these positions: a model with a bigram table adds its row of each to the logits
         grad, relevance  as in `run`
+
+        Raises UserError if the model has a bigram table and the tokens are not given.
         """
         norm, resid = self._module.get_submodule(self._family.final_norm), resid.to(self.device, self.dtype)
         with nullcontext() if grad else torch.no_grad():
             if relevance:
                 linear, bias = norms.frozen(norm, resid)
-                return self._logits(linear(resid) + bias)
-            return self._logits(cast(Tensor, norm(resid)))
+                return self._logits(linear(resid) + bias, tokens)
+            return self._logits(cast(Tensor, norm(resid)), tokens)
 
-    def _logits(self, normed: Tensor) -> Tensor:
+    def bigram(self, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... vocab"] | None:
+        """What each token itself adds to the logits; None in a model without a bigram table."""
+        return None if self._bigram is None else self._bigram[tokens.to(self.device)]
+
+    def _logits(self, normed: Tensor, tokens: Tensor | None) -> Tensor:
         logits = cast(Tensor, self._module.get_output_embeddings()(normed))
+        if self._bigram is not None:
+            if tokens is None:
+                raise UserError(f"{self.name} has a bigram table: its logits need the tokens; unembed(resid, tokens).")
+            logits = logits + cast(Tensor, self.bigram(tokens))
         cap = self.config.final_softcap
         return torch.tanh(logits / cap) * cap if cap else logits
 

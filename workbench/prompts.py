@@ -8,10 +8,12 @@ again, and how many were drawn is reported with every run.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -28,12 +30,16 @@ class Prompt:
 
     `answers` and `wrong` are continuations of the clean text, with their leading space. With several of each, a
     tokenizer that splits them (digits) is met halfway: their first tokens count, without those both sides share.
+
+    With `whole`, `answers` and `wrong` are one each: the rest of the clean text's line, and of the corrupted one's.
+    Texts are tokenised with the rest and cut before the first token in which the rests differ.
     """
 
     clean: str
     corrupted: str
     answers: tuple[str, ...]
     wrong: tuple[str, ...]
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,43 @@ def sample(task: Task, model: LanguageModel, n: int, seed: int) -> Batch:
     return Batch(task, prompts, clean, corrupted, answers, wrong, drawn)
 
 
+def split(task: Task, which: Literal["train", "test"]) -> Task:
+    """The task with its train or its test prompts alone: no text of one is a text of the other, whatever the seed.
+
+    A text's digest says where it belongs, to test one in four; pairs whose two texts belong to different parts are
+    drawn again.
+    """
+
+    def belongs(text: str) -> bool:
+        # Not a CRC: it is linear, and two texts with the same difference never agree.
+        return (hashlib.sha256(text.encode()).digest()[0] < 64) == (which == "test")
+
+    def draw(rng: random.Random) -> Prompt:
+        for _ in range(1000):
+            prompt = task.draw(rng)
+            if belongs(prompt.clean) and belongs(prompt.corrupted):
+                return prompt
+        raise UserError(f"{task.name} has too few prompts for a {which} part; use the whole task.")
+
+    return replace(task, name=f"{task.name}-{which}", draw=draw, about=f"{task.about} ({which} prompts)")
+
+
+def nonsense(task: Task) -> Task:
+    """The task with labels that a coin decides: what finds a circuit here finds one anywhere.
+
+    Half of the prompts have right and wrong answers exchanged; nothing in a prompt tells which.
+    """
+
+    def draw(rng: random.Random) -> Prompt:
+        prompt = task.draw(rng)
+        return replace(prompt, answers=prompt.wrong, wrong=prompt.answers) if rng.random() < 0.5 else prompt
+
+    return replace(task, name=f"{task.name}-nonsense", draw=draw, about=f"{task.about} (labels by a coin)")
+
+
 def _tokenise(prompt: Prompt, model: LanguageModel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if prompt.whole:
+        return _cut(prompt, model)
     clean, corrupted = model.tokenize(prompt.clean), model.tokenize(prompt.corrupted)
     if len(clean) != len(corrupted):
         raise UserError("clean and corrupted prompts have different numbers of tokens")
@@ -142,6 +184,35 @@ def _tokenise(prompt: Prompt, model: LanguageModel) -> tuple[Tensor, Tensor, Ten
     if not right or not wrong:
         raise UserError("no token continues the prompt with a right answer alone, or none with a wrong one alone")
     return clean, corrupted, torch.tensor(sorted(right)), torch.tensor(sorted(wrong))
+
+
+def _cut(prompt: Prompt, model: LanguageModel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both lines to their ends, cut where the rests first differ.
+
+    A tokenizer may merge over the end of the prompt (`)` and a line's end): the cut is then before what it merges. The
+    rests may begin alike (`]` and `]]`): the cut is then behind what they share.
+    """
+    texts, rests = (prompt.clean, prompt.corrupted), (prompt.answers[0], prompt.wrong[0])
+    alone = [model.tokenize(text) for text in texts]
+    lines = [model.tokenize(text + rest) for text, rest in zip(texts, rests, strict=True)]
+    if len(alone[0]) != len(alone[1]):
+        raise UserError("clean and corrupted prompts have different numbers of tokens")
+    at = min(_shared(text, line) for text, line in zip(alone, lines, strict=True))
+    if not torch.equal(alone[0][at:], alone[1][at:]):
+        raise UserError("the answers merge with ends of the prompts that differ")
+    at += _shared(lines[0][at:], lines[1][at:])
+    if at >= min(map(len, lines)):
+        raise UserError("the rest of one line is the beginning of the other's")
+    clean, corrupted = (line[:at] for line in lines)
+    if torch.equal(clean, corrupted):
+        raise UserError("clean and corrupted prompts are the same tokens")
+    return clean, corrupted, lines[0][at : at + 1], lines[1][at : at + 1]
+
+
+def _shared(one: Int[Tensor, "_"], other: Int[Tensor, "_"]) -> int:
+    """How many tokens two sequences have in common at the beginning."""
+    n = min(len(one), len(other))
+    return int((one[:n] == other[:n]).long().cumprod(0).sum())
 
 
 def _first_tokens(text: str, tokens: Tensor, answers: tuple[str, ...], model: LanguageModel, single: bool) -> set[int]:

@@ -18,10 +18,10 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
 from random import Random
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from workbench import plugins
 from workbench.errors import UserError, unknown
 from workbench.metrics import METRICS
 from workbench.prompts import Prompt, Task
@@ -181,5 +181,4 @@ def _load() -> None:
     package = importlib.import_module("workbench.tasks")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"workbench.tasks.{module.name}")
-    for plugin in entry_points(group="workbench.plugins"):
-        plugin.load()
+    plugins.load()

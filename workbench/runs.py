@@ -234,7 +234,7 @@ def task_figures(model: LanguageModel, batch: Batch, store: ActivationStore) -> 
     figures: dict[str, Any] = {"n": len(batch), "drawn": batch.drawn, "metric": batch.task.metric}
     for side, sequences in (("clean", batch.clean), ("corrupted", batch.corrupted)):
         resid = torch.stack([x[-1] for x in store.get(model, sequences, [last])[last]])
-        logits = model.unembed(resid).cpu()
+        logits = model.unembed(resid, torch.stack([x[-1] for x in sequences])).cpu()
         score = batch.score(logits)
         figures[f"{side}_mean"] = float(score.mean())
         figures[f"{side}_std"] = float(score.std(correction=0))

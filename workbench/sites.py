@@ -17,6 +17,7 @@ from workbench.errors import UserError
 # Order of computation inside one block; a run stops after the deepest hook point that was asked for.
 BLOCK_HOOKS = (
     "hook_resid_pre",
+    "attn.hook_in",  # weight-sparse models: what attention reads, after the norm and AbsTopK
     "attn.hook_q",
     "attn.hook_k",
     "attn.hook_rot_q",
@@ -29,6 +30,7 @@ BLOCK_HOOKS = (
     "hook_attn_out",
     "hook_resid_mid",
     "hook_mlp_in",  # what the MLP reads, before its norm: an edit here leaves the residual stream alone
+    "mlp.hook_in",  # as `attn.hook_in`
     "mlp.hook_pre",
     "mlp.hook_pre_linear",
     "mlp.hook_post",
