@@ -64,7 +64,7 @@ class Comparison:
         return {"table": table, "failed": self.failed, "definition": self.definition}
 
 
-@analysis("compare", version=2, n=32)
+@analysis("compare", version=3, n=32)
 def compare(
     model: LanguageModel,
     batch: Batch,

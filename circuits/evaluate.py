@@ -19,7 +19,7 @@ and rewards circuits that overshoot; CMD does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -245,39 +245,55 @@ def smallest(
     """Size and faithfulness of the smallest circuit of best-scored items with faithfulness of at least `at_least` and
     at most 2 - at_least: an overshoot is as far from the model.
 
-    Sizes are tried on a ladder, each 1.5 times the last, then by bisection between the last that fails and the first
-    that does not; faithfulness need not grow with size, so a smaller one may be missed. Returns all items if none does.
+    Sizes are tried on a ladder, each 1.5 times the last. Where faithfulness rises to `at_least` between two rungs, the
+    size at which it does is found by bisection, also if the upper rung overshoots. If the circuit of that size
+    overshoots too, the ladder goes on, to the next rise or the first rung within bounds. Faithfulness need not grow
+    with size, so a smaller circuit may be missed. Returns all items if none is within bounds.
     """
     graph, total = Graph.of(model.config), len(scores.scores)
     ends = ends or ends_of(model, batch, store, ablation=ablation, fit=fit)
-    tried: dict[int, float] = {}
+    tried: dict[int, float] = {0: 0.0}
 
-    def good(sizes: Sequence[int]) -> list[bool]:
+    def measure(sizes: Sequence[int]) -> None:
         kept = torch.stack([best(graph, scores, n) for n in sizes])
         found = faithfulness(model, batch, store, graph, kept, ablation=ablation, fit=fit, ends=ends)
         tried.update(zip(sizes, found.value.tolist(), strict=True))
-        return [at_least <= tried[n] <= 2 - at_least for n in sizes]
 
-    low, high = 0, total
-    size = 1
+    def fine(n: int) -> bool:
+        return at_least <= tried[n] <= 2 - at_least
+
+    low, size = 0, 1
     while size < total:
         rungs = [n for n in (size, *(int(size * 1.5**i) + i for i in range(1, 4))) if n < total]
-        first = next((n for n, fine in zip(rungs, good(rungs), strict=True) if fine), None)
-        if first is not None:
-            high = first
-            low = max([low, *(n for n in rungs if n < first)])
-            break
-        low = rungs[-1]
+        measure(rungs)
+        for rung in rungs:
+            rises = tried[low] < at_least <= tried[rung]
+            if rises or fine(rung):
+                high = _crossing(low, rung, at_least, tried, measure) if rises else rung
+                if fine(high):
+                    return high, tried[high]
+            low = rung
         size = int(rungs[-1] * 1.5) + 1
+    measure([total])
+    if tried[low] < at_least <= tried[total]:
+        high = _crossing(low, total, at_least, tried, measure)
+        if fine(high):
+            return high, tried[high]
+    return total, tried[total]
+
+
+def _crossing(
+    low: int, high: int, at_least: float, tried: Mapping[int, float], measure: Callable[[Sequence[int]], None]
+) -> int:
+    """A size at which faithfulness is at least `at_least`, with less at one item fewer, between one of each kind."""
     while high - low > 1:
         middle = (low + high) // 2
-        if good([middle])[0]:
+        measure([middle])
+        if tried[middle] >= at_least:
             high = middle
         else:
             low = middle
-    if high not in tried:
-        good([high])
-    return high, tried[high]
+    return high
 
 
 def best(graph: Graph, scores: EdgeScores | NodeScores, n: int, absolute: bool = True) -> Bool[Tensor, " edge"]:

@@ -17,7 +17,7 @@ from workbench.prompts import Batch
 from workbench.registry import analysis
 
 
-@analysis("extract", version=1, n=32)
+@analysis("extract", version=2, n=32)
 def extract(
     model: LanguageModel,
     batch: Batch,

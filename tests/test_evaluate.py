@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from circuits import evaluate
 from circuits.attribution import attribution_patching, eap
 from circuits.evaluate import FRACTIONS, areas, curve, faithfulness, report, smallest
 from circuits.graph import Circuit, EdgeScores, Graph
@@ -73,6 +75,34 @@ def test_curves_end_at_the_model(level: str, tiny: LanguageModel, store: Activat
     f = signed.faithfulness.value.double()
     assert signed.summary()["cpr"] == pytest.approx(float(torch.trapezoid(f, x)), abs=1e-4)
     assert "cpr" not in drawn.summary() and "cmd" not in signed.summary()  # each ranking has its own
+
+
+@pytest.mark.parametrize(
+    ("curve_of", "expected"),
+    [
+        (lambda n: 0.31 * n, 3),  # the rung above overshoots: 2 and 4 are tried first
+        (lambda n: 0.5 if n < 5 else 1.5 if n < 20 else 1.0, 24),  # no size between: the first rung that comes back
+        (lambda n: 0.95 if n == 2 else 0.1, 2),
+        (lambda n: 1.5 if n < 30 else 0.2 if n < 40 else 0.01 * n, 90),  # rises again, late
+        (lambda n: 0.5, 128),
+    ],
+)
+def test_smallest_looks_between_rungs_wherever_faithfulness_rises(
+    curve_of: Callable[[int], float], expected: int, tiny: LanguageModel, store: ActivationStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    scores = NodeScores(tuple(f"n{i}" for i in range(128)), torch.arange(128.0), "", "")
+
+    def measured(*args: object, **_: object) -> object:
+        kept = args[4]
+        assert isinstance(kept, torch.Tensor)
+        return SimpleNamespace(value=torch.tensor([curve_of(int(row)) for row in kept[:, 0]], dtype=torch.float64))
+
+    monkeypatch.setattr(evaluate, "best", lambda graph, scores, n: torch.full((len(graph),), n))
+    monkeypatch.setattr(evaluate, "faithfulness", measured)
+    ends = evaluate.Ends(torch.ones(1), torch.zeros(1))
+    found = smallest(tiny, draw(tiny), store, scores, ends=ends)
+    assert found == (expected, pytest.approx(curve_of(expected)))
 
 
 def test_the_smallest_circuit_is_faithful_and_one_smaller_is_not(tiny: LanguageModel, store: ActivationStore) -> None:
