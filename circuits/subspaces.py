@@ -46,7 +46,7 @@ class AttentionClasses:
     """Attention from the last position by class of key, every key in the first class that fits; they sum to 1.
 
     weighted   [layer, head] shares of |attention| x |what the value writes|, mean over prompts
-    plain      shares of the attention itself
+    plain      shares of the attention itself; what a sink draws is missing
     written    the sum that the shares are of: the length of what is written if nothing cancels, mean over prompts
     """
 

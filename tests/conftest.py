@@ -30,6 +30,7 @@ from circuits.sparse.model import SparseConfig, SparseTransformer
 from workbench import cli, registry, settings
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel
+from workbench.tasks.python_code import TASKS
 
 Wb = Callable[..., tuple[int, str, str]]
 
@@ -89,8 +90,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE in which the tasks' words are single tokens."""
     rng = random.Random(0)
-    prompts = [task.draw(rng) for task in registry.tasks().values() for _ in range(400)]
-    prompts = [prompt for prompt in prompts if not prompt.whole]  # code has a tokenizer of its own: `coder`
+    words = [task for name, task in registry.tasks().items() if name not in TASKS]  # code has its own: `coder`
+    prompts = [task.draw(rng) for task in words for _ in range(400)]
     texts = [p.clean + p.answers[0] for p in prompts] + [p.corrupted + p.wrong[0] for p in prompts]
     bpe = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)  # as in the embedded models

@@ -157,7 +157,7 @@ def test_sinusoids_have_periods_from_four_to_the_length() -> None:
 
 def test_initial_weights_are_as_published() -> None:
     module = SparseTransformer(SparseConfig(vocab_size=100, n_layer=8, d_model=256, n_head=16), rng())
-    std = {name: float(x.std()) for name, x in module.named_parameters() if x.ndim == 2}
+    std = {name: float(x.detach().std()) for name, x in module.named_parameters() if x.ndim == 2}
     for name, value in std.items():
         assert value == pytest.approx(0.005 if name.endswith("c_proj.weight") else 0.02, rel=0.03), name
     assert not any(x.any() for name, x in module.named_parameters() if name.endswith("bias"))
