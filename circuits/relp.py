@@ -11,11 +11,11 @@ them (36 planted models: mean ROC AUC of nodes, and of edges; smollm2-135m, IOI:
 scores with exact patching, and seconds for 16 prompts on one thread of a busy machine):
 
                            nodes   edges   smollm2   seconds
-    RelP                   .77     .75     .72       7
-    CD-T                   .87     -       .54       135
-    EAP-IG                 .96     .97     .81       14
-    attribution patching   .91     -       .94       3
-    exact patching         1.00    -       1         156
+    RelP                   .77     .75     .72       5
+    CD-T                   .87     -       .54       105
+    EAP-IG                 .96     .97     .81       11
+    attribution patching   .91     -       .94       2
+    exact patching         1.00    -       1         91
 
 CD-T finds more of a planted circuit's nodes, where MLPs and softmax saturate, for as long as exact patching takes; on
 the real model it is further from the truth. RelP scores edges too, and takes a twentieth of the time: it is the one to
