@@ -109,6 +109,17 @@ def test_a_comparison_that_was_stopped_goes_on_with_the_next_method(
     assert equal(*once)
 
 
+def test_parts_stay_until_the_run_is_saved(home: Path, tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise UserError("no space")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no space"):
+        patch.setattr(runs, "_save", full)
+        runs.run("compare", model=tiny, task="ioi", n=8, methods="patching,eap")
+    found = runs.run("compare", model=tiny, task="ioi", n=8, methods="patching,eap")
+    assert found.record["cost"]["parts_of_earlier_attempts"] == 2
+
+
 def replace_costs(result: compare.Comparison) -> dict[str, dict[str, float | None]]:
     return {
         name: {k: v for k, v in row.items() if k not in ("seconds", "passes")} for name, row in result.table.items()

@@ -230,7 +230,11 @@ def test_weights_of_another_model_are_refused(tokenizer: PreTrainedTokenizerFast
     files.save(random_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     config = json.loads(path.read_text())
-    for change, message in (({"d_model": 16}, "hold no transformer.wte"), ({"depth": 3}, "has depth, which")):
+    for change, message in (
+        ({"d_model": 16}, "hold no transformer.wte"),
+        ({"depth": 3}, "has depth, which"),
+        ({"n_layer": 1}, "hold transformer.h.1.* which this model has not"),  # else half a model would be read
+    ):
         path.write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=message):
             LanguageModel.load(str(tmp_path / "model"))
@@ -265,7 +269,7 @@ RELEASED = {
 def release(folder: Path, wpe: Tensor, **changes: Any) -> SparseTransformer:
     """A folder as released: torch's own format, a table of positions that is never left out, a bias of zeros."""
     folder.mkdir()
-    config = RELEASED | changes
+    config = {name: value for name, value in (RELEASED | changes).items() if name not in changes or value is not None}
     (folder / "beeg_config.json").write_text(json.dumps(config))
     module = random_model(
         sink=True, afrac=0.25, afrac_loctypes=tuple(RELEASED["afrac_loctypes"].split(",")), learnable_bigram_table=True,
@@ -296,6 +300,9 @@ def test_a_released_checkpoint_is_converted(tokenizer: PreTrainedTokenizerFast, 
         ({"expert_count": 4}, "has expert_count, which"),
         ({"rms_norm": False}, "rms_norm=False is not supported"),
         ({"sink": False}, "does not fit: it has .*sink_logit"),
+        ({"rms_norm": None}, "rms_norm=False is not supported"),  # what a release means by leaving it out
+        ({"tied_unembed": None}, "tied_unembed=True is not supported"),
+        ({"enable_bigram_table": None}, "does not fit: it has .*bigram_table"),
     ],
 )
 def test_what_a_release_has_beyond_this_model_is_named(

@@ -142,8 +142,6 @@ def test_a_gate_has_the_slope_of_a_sigmoid_and_the_value_of_a_step() -> None:
 
 def test_calibration_finds_a_scale_and_shift_that_were_put_there() -> None:
     generator = rng()
-    is_one = torch.rand(4000, generator=generator) < 0.5
-    sign = torch.where(is_one, 1.0, -1.0)
     towards_one = 2 * torch.randn(4000, generator=generator)
     right = torch.rand(4000, generator=generator) < (2 * towards_one - 1).sigmoid()  # true odds: 2 x - 1
     some = Pairs("t", torch.zeros(4000, 1, dtype=torch.long), torch.zeros(4000, dtype=torch.long), (), (), right)
@@ -151,7 +149,6 @@ def test_calibration_finds_a_scale_and_shift_that_were_put_there() -> None:
     scale, shift = calibrated(odds, some, steps=100)
     assert scale == pytest.approx(2, abs=0.15) and shift == pytest.approx(-1, abs=0.15)
     assert float(loss(rescaled(odds, some, (scale, shift)))) < float(loss(odds))
-    assert sign.shape == odds.shape
 
 
 def test_calibration_makes_no_certainty_of_a_trifle_and_no_answer_of_its_opposite() -> None:

@@ -137,6 +137,8 @@ def test_a_killed_run_goes_on_bit_for_bit(kills: tuple[int, ...], bpe: Tokenizer
     for name, x in state(whole).items():
         assert torch.equal(state(resumed)[name], x), name
     assert again.curve[-1]["held_out_loss"] == curve[-1]["held_out_loss"]
+    ended = Training(RECIPE, bpe, folder=tmp_path).run(clock=clock())  # nothing is left to do
+    assert ended.curve == again.curve and ended.about["weights"] == again.about["weights"]
 
 
 def test_by_the_clock_training_ends_annealed_whatever_the_speed(bpe: Tokenizer) -> None:

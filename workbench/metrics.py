@@ -48,18 +48,19 @@ def binary_loss(logits: Float[Tensor, "batch vocab"], answers: Ids, wrong: Ids) 
     Gao et al. 2025, section 2.2 and appendix A.5: the loss that a pruned circuit is held to.
     """
 
+    return torch.nn.functional.softplus(-log_odds(logits, answers, wrong))
+
+
+def log_odds(logits: Float[Tensor, "batch vocab"], answers: Ids, wrong: Ids) -> Float[Tensor, " batch"]:
+    """log p(answer) - log p(wrong); where one of the two is none, it stands for all that the other is not."""
+
     def total(row: Tensor, ids: Tensor, others: Tensor) -> Tensor:
-        """Log-sum-exp of some tokens' logits, or of all but the others' where none are named."""
         if len(ids):
             return row[ids].logsumexp(-1)
         return row.index_fill(0, others, float("-inf")).logsumexp(-1)
 
-    return torch.stack(
-        [
-            torch.nn.functional.softplus(total(row, w, a) - total(row, a, w))
-            for row, a, w in zip(logits, _on(logits, answers), _on(logits, wrong), strict=True)
-        ]
-    )
+    each = zip(logits, _on(logits, answers), _on(logits, wrong), strict=True)
+    return torch.stack([total(row, a, w) - total(row, w, a) for row, a, w in each])
 
 
 def top1(logits: Float[Tensor, "batch vocab"], answers: Ids) -> Float[Tensor, " batch"]:

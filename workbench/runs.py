@@ -144,25 +144,25 @@ def run(
     log.info("%s on %s, %d %s prompts", analysis, model.name, n, task)
     with parts.kept_in(settings.home() / "parts" / id) as before:
         result = chosen.fn(model, batch, store, **bound)
-    seconds = time.perf_counter() - started
-    passes = model.forward_passes - passes
-    encoded, arrays = results.encode(result)
-    used, sequences = inventory.pack_used(store.used or {})
-    cost = {"seconds": round(seconds, 3), "forward_passes": passes, "store": asdict(store.stats())}
-    record = {
-        "id": id,
-        "key": key,
-        "model_name": model.name,
-        "command": command(analysis, model, task, n, seed, bound),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "task": figures,
-        "summary": result.summary(),
-        "cost": cost | ({"parts_of_earlier_attempts": before.found} if before.found else {}),
-        "environment": environment(model),
-        "activations": used,
-        "result": encoded,
-    }
-    _save(root / id, record, {"arrays": arrays, "activations": sequences})
+        seconds = time.perf_counter() - started
+        passes = model.forward_passes - passes
+        encoded, arrays = results.encode(result)
+        used, sequences = inventory.pack_used(store.used or {})
+        cost = {"seconds": round(seconds, 3), "forward_passes": passes, "store": asdict(store.stats())}
+        record = {
+            "id": id,
+            "key": key,
+            "model_name": model.name,
+            "command": command(analysis, model, task, n, seed, bound),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "task": figures,
+            "summary": result.summary(),
+            "cost": cost | ({"parts_of_earlier_attempts": before.found} if before.found else {}),
+            "environment": environment(model),
+            "activations": used,
+            "result": encoded,
+        }
+        _save(root / id, record, {"arrays": arrays, "activations": sequences})
     store.note_run(id)
     return Run(id, root / id, record, False, seconds, passes)
 

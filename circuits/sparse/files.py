@@ -30,6 +30,11 @@ _TRAINING_ONLY = {
     "n_embd", "pfrac", "rtopk", "sparse_matmul_impl", "tokenizer_name",
 }  # fmt: skip
 _ONLY = {"dropout": 0.0, "residual_activation_type": "identity", "rms_norm": True, "tied_unembed": False}
+# What a key that is left out means in a release; it need not be what it means here.
+_LEFT_OUT: dict[str, Any] = {
+    "dropout": 0.0, "residual_activation_type": "identity", "rms_norm": False, "tied_unembed": True,
+    "afrac_loctypes": "attn_in,attn_out,mlp_in,mlp_out", "enable_bigram_table": False,
+}  # fmt: skip
 
 
 def save(module: SparseTransformer, tokenizer: Any, folder: Path, about: Mapping[str, Any] | None = None) -> None:
@@ -69,6 +74,9 @@ def _narrow(x: Tensor) -> Tensor:
 def unpack(packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `pack`, for a module whose state dict is `like`. Raises UserError if they do not fit."""
     out: dict[str, Tensor] = {}
+    known = {f"{name}{part}" for name in like for part in ("", ".index", ".values")}
+    if packed.keys() - known:
+        raise UserError(f"the weights hold {min(packed.keys() - known)}, which this model has not.")
     for name, empty in like.items():
         if f"{name}.index" in packed:
             values = packed[f"{name}.values"].to(empty.dtype)
@@ -98,10 +106,10 @@ def load(folder: Path, dtype: torch.dtype) -> SparseTransformer:
 
 def release_config(values: Mapping[str, Any], positions: str = "none") -> SparseConfig:
     """The configuration in a `beeg_config.json`. Raises UserError for keys and values that are not known, by name."""
-    given = {name: value for name, value in values.items() if name not in _TRAINING_ONLY}
+    given: dict[str, Any] = _LEFT_OUT | {name: value for name, value in values.items() if name not in _TRAINING_ONLY}
     for name, only in _ONLY.items():
-        if given.pop(name, only) != only:
-            raise UserError(f"{name}={values[name]!r} is not supported, only {only!r}.")
+        if (value := given.pop(name)) != only:
+            raise UserError(f"{name}={value!r} is not supported, only {only!r}.")
     if "n_mlp" in given:  # its name in older files
         given["d_mlp"] = given.pop("n_mlp")
     if isinstance(given.get("afrac_loctypes"), str):

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from circuits.graph import Circuit
 from circuits.sparse.channels import Channels, Fill
 from workbench.errors import UserError
+from workbench.metrics import log_odds
 from workbench.models import LanguageModel
 from workbench.prompts import Batch
 from workbench.tasks.python_code import pair_sides
@@ -99,15 +100,7 @@ class Pairs:
 
     def differences(self, logits: Float[Tensor, "prompt vocab"]) -> Float[Tensor, " prompt"]:
         """Log odds of the right answer against the wrong one, of these two alone."""
-        odds = [_total(row, a, b) - _total(row, b, a) for row, a, b in zip(logits, self.one, self.two, strict=True)]
-        sign = torch.where(self.is_one, 1.0, -1.0).to(logits.device)
-        return torch.stack(odds) * sign
-
-
-def _total(row: Tensor, ids: Tensor, others: Tensor) -> Tensor:
-    if len(ids):
-        return row[ids].logsumexp(-1)
-    return row.index_fill(0, others.to(row.device), -torch.inf).logsumexp(-1)
+        return log_odds(logits, self.one, self.two) * torch.where(self.is_one, 1.0, -1.0).to(logits.device)
 
 
 # ---- masked runs ----
@@ -333,7 +326,8 @@ def prune(
 
     Raises UserError if train and test share a prompt, or if no setting meets the target.
     """
-    shared = {p.clean for p in train.prompts} & {p.clean for p in test.prompts}
+    texts = [{text for p in part.prompts for text in (p.clean, p.corrupted)} for part in (train, test)]
+    shared = texts[0] & texts[1]
     if shared:
         raise UserError(
             f"{len(shared)} prompts are in both parts, such as {min(shared)!r}; draw them from split tasks."

@@ -158,7 +158,7 @@ class Step:
         anneal = min(1.0, max(0.0, (done - WARMUP) / (ANNEALED - WARMUP)))
         density, embedding = (1 + anneal * (end - 1) for end in (recipe.density, recipe.embedding_density))
         ramp = done / WARMUP if done < WARMUP else (1 - done) / (1 - WARMUP)
-        lr = recipe.lr or (0.0256 if recipe.sparse else 0.003)
+        lr = recipe.lr if recipe.lr is not None else 0.0256 if recipe.sparse else 0.003
         return cls(lr * ramp * math.sqrt(recipe.density / density), density, embedding)
 
 
@@ -297,7 +297,7 @@ class Training:
         return min(1.0, self.steps * self.recipe.batch * self.recipe.length / self.recipe.tokens)
 
     def run(self, *, every: float = 60.0, clock: Callable[[], float] = time.perf_counter) -> Trained:
-        """Train to the end; evaluate, and write a checkpoint, every so many seconds."""
+        """Train to the end; evaluate, and write a checkpoint, every so many seconds. At once if it is done already."""
         recipe, started, before = self.recipe, clock(), self.seconds
         evaluated = before
         module = self.module.train()
@@ -310,12 +310,10 @@ class Training:
                 self.steps += 1
                 self.seconds = before + clock() - started
                 bar.update(self.done - bar.n)
-                if self.seconds - evaluated >= every and self.done < 1:
+                if self.seconds - evaluated >= every or self.done >= 1:
                     evaluated = self.seconds
                     self._evaluate(float(loss.detach()), step)
                     self._checkpoint()
-        self._evaluate(float(loss.detach()), step)
-        self._checkpoint()
         return Trained(module, self.stream.tokenizer, self.curve, self.about())
 
     def about(self) -> dict[str, Any]:

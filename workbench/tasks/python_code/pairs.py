@@ -77,12 +77,10 @@ def pair_loss(
 
     Gao et al. 2025, section 2.2; stored values of theirs are the sum of both, reported ones the mean. Chance is ln 2.
     """
-    answers, wrong = list(batch.answers), list(batch.wrong)
-    stated = ONE_VS_REST.get(batch.task.name.split("-")[0])
-    if stated is not None:
-        first = [prompt.answers[0].startswith(stated) for prompt in batch.prompts]
-        answers = [ids if is_first else ids[:0] for ids, is_first in zip(answers, first, strict=True)]
-        wrong = [ids[:0] if is_first else ids for ids, is_first in zip(wrong, first, strict=True)]
+    one, two, first = pair_sides(batch)
+    sides = list(zip(one, two, first.tolist(), strict=True))
+    answers = [a if is_first else b for a, b, is_first in sides]
+    wrong = [b if is_first else a for a, b, is_first in sides]
     return (binary_loss(clean, answers, wrong) + binary_loss(corrupted, wrong, answers)) / 2
 
 
