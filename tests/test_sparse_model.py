@@ -130,6 +130,8 @@ def test_the_residual_stream_is_the_sum_of_what_is_written_and_logits_have_the_b
     table = model._module.bigram_table
     torch.testing.assert_close(model.run(TOKENS).logits, without + table[TOKENS], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.unembed(resid, TOKENS), without + table[TOKENS], rtol=1e-4, atol=1e-5)
+    at_end = model.run(TOKENS, logits="last").logits
+    torch.testing.assert_close(at_end, (without + table[TOKENS])[:, -1:], rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="bigram table: its logits need the tokens"):
         model.unembed(resid)
 
