@@ -16,5 +16,5 @@ from circuits import patching as patching
 from circuits import path_patching as path_patching
 from circuits import relp as relp
 from circuits import reuse as reuse
+from circuits import sparse as sparse
 from circuits import subspaces as subspaces
-from circuits.sparse import files as files

@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,13 @@ from workbench.models import LanguageModel
 from workbench.tasks.python_code import TASKS
 
 Wb = Callable[..., tuple[int, str, str]]
+On = Callable[[str], dict[str, Any]]
+# Parameters that make an analysis quick.
+QUICK: dict[str, dict[str, Any]] = {
+    "sae-codes": {"steps": 5, "trials": 1, "permutations": 5},
+    "compare": {"methods": "patching,eap"},
+    "sparse-train": {"tokens": 4096, "width": 32, "layers": 1, "density": 0.5},
+}
 
 torch.set_num_threads(1)  # several workers share the machine
 
@@ -135,6 +143,19 @@ def coder() -> LanguageModel:
         torch.manual_seed(0)
         module = AutoModelForCausalLM.from_config(CONFIGS["llama"](len(bpe)))
     return LanguageModel(module, bpe, name="coder", fingerprint="coder")
+
+
+@pytest.fixture
+def on(tiny: LanguageModel) -> On:
+    """on("patching"): what to run an analysis on, and its parameters, so that it takes no time."""
+
+    def chosen(name: str) -> dict[str, Any]:
+        analysis = registry.get_analysis(name)
+        model = {} if analysis.model is None else {"model": tiny}
+        task = {} if analysis.task is None else {"task": "ioi", "n": 6}
+        return model | task | QUICK.get(name, {})
+
+    return chosen
 
 
 @pytest.fixture

@@ -11,12 +11,10 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
-from workbench import canvas, plots, registry
-from workbench.activations import ActivationStore
+from tests.conftest import On
+from workbench import canvas, plots, registry, runs
 from workbench.errors import UserError
 from workbench.lenses import AttentionResult, LensResult
-from workbench.models import LanguageModel
-from workbench.prompts import sample
 from workbench.scores import NodeScores, head, mlp
 
 
@@ -239,19 +237,10 @@ def test_an_unknown_result_is_refused_in_a_sentence() -> None:
 
 
 @pytest.mark.parametrize("name", registry.analyses())
-def test_every_analysis_has_a_figure_and_a_definition(name: str, tiny: LanguageModel, store: ActivationStore) -> None:
-    analysis = registry.get_analysis(name)
-    batch = sample(registry.get_task("ioi"), tiny, 8, seed=0)
-    result = analysis.fn(tiny, batch, store, **registry.bind(analysis, QUICK.get(name, {})))
-    assert isinstance(result, analysis.result)
+def test_every_analysis_has_a_figure_and_a_definition(name: str, on: On) -> None:
+    result = runs.run(name, **on(name)).result
     assert plots.figure(result).data
-    assert plots.definition(result) or analysis.about
-
-
-QUICK: dict[str, dict[str, Any]] = {
-    "sae-codes": {"trials": 1, "steps": 20, "permutations": 20},
-    "compare": {"methods": "patching,eap"},
-}
+    assert plots.definition(result) or registry.get_analysis(name).about
 
 
 def test_ranking_is_by_size_with_the_error_beside_it() -> None:

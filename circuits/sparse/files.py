@@ -98,6 +98,8 @@ def load(folder: Path, dtype: torch.dtype) -> SparseTransformer:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS} cannot be read ({error}).") from error
     module.load_state_dict(unpack(packed, module.state_dict()))
+    if (folder / "about.json").is_file():
+        module.about = json.loads((folder / "about.json").read_text())
     return module.to(dtype)
 
 

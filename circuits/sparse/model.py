@@ -273,6 +273,7 @@ class SparseTransformer(nn.Module):
         positions 0, gains 1; the bigram table is 0."""
         super().__init__()
         self.config = config
+        self.about: dict[str, Any] = {}  # how it was made, where that is known
         self.transformer = Stack(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         table = torch.zeros(config.vocab_size, config.vocab_size) if config.enable_bigram_table else None

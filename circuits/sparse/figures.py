@@ -1,0 +1,57 @@
+"""Figures of weight-sparse models: how training went."""
+
+from __future__ import annotations
+
+from html import escape
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from circuits.sparse.training_run import SOLVED, SparseTraining
+from workbench import canvas
+from workbench.plots import definition, figure
+
+GREY = "rgba(128,128,128,{})"
+
+
+@figure.register
+def training_figure(result: SparseTraining) -> go.Figure:
+    """Loss and density over tokens; beside them the accuracy on each task."""
+    names = sorted(result.accuracy, key=lambda name: result.accuracy[name])
+    fig = make_subplots(
+        rows=2, cols=2, column_widths=[0.55, 0.45], horizontal_spacing=0.22, vertical_spacing=0.12,
+        row_heights=[0.7, 0.3], specs=[[{}, {"rowspan": 2}], [{}, None]], shared_xaxes=True,
+    )  # fmt: skip
+    million = result.curve["tokens"] / 1e6
+    for name, row, colour in (
+        ("loss", 1, GREY), ("held_out_loss", 1, canvas.POSITIVE), ("density", 2, canvas.POSITIVE),
+        ("dead_neurons", 2, canvas.NEGATIVE),
+    ):  # fmt: skip
+        title = name.replace("_", " ").replace("held out", "held-out")
+        fig.add_trace(
+            go.Scatter(
+                x=canvas.cells(million), y=canvas.cells(result.curve[name]), name=title, mode="lines+markers",
+                line={"color": colour.format(0.9), "width": 2}, marker={"size": 4},
+                hovertemplate="%{x:.2f} M tokens: %{y:.3g}<extra>" + title + "</extra>",
+            ), row=row, col=1,
+        )  # fmt: skip
+    fig.add_trace(
+        go.Bar(
+            x=[result.accuracy[name] for name in names], y=[escape(name) for name in names], orientation="h",
+            marker_color=[canvas.POSITIVE.format(0.85 if result.accuracy[name] >= SOLVED else 0.35) for name in names],
+            marker_line_width=0, showlegend=False, hovertemplate="%{y}: %{x:.3f}<extra></extra>",
+        ), row=1, col=2,
+    )  # fmt: skip
+    fig.add_vline(x=SOLVED, line={"color": canvas.FAINT, "dash": "dot"}, row=1, col=2)
+    fig.update_xaxes(title_text="million tokens", row=2, col=1)
+    fig.update_yaxes(title_text="nats per token", row=1, col=1)
+    fig.update_yaxes(title_text="share", range=[0, 1.03], row=2, col=1)
+    fig.update_xaxes(title_text="accuracy", range=[0, 1.03], row=1, col=2)
+    fig.update_yaxes(tickfont={"size": 10}, automargin=True, row=1, col=2)
+    fig.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+    return canvas.finish(fig, 380, top=30)
+
+
+@definition.register
+def _(result: SparseTraining) -> str:
+    return result.definition
