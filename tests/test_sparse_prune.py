@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from circuits.sparse.prune import (
     SEARCH,
     Masked,
     Pairs,
+    Question,
     Settings,
     attribution,
     calibrated,
@@ -34,6 +36,7 @@ from workbench.prompts import Batch, sample, split
 from workbench.tasks.python_code import TASKS, pair_loss, pair_sides
 
 N = 8
+QUICK = (Settings(k_coef=1e-4, lr=3e-2, steps=60),)
 
 
 def sparse(model: LanguageModel) -> LanguageModel:
@@ -244,7 +247,80 @@ def test_bisection_stops_where_one_channel_fewer_fails() -> None:
     rank = torch.tensor([10.0 - TRUE.index(name) if name in TRUE else -1.0 for name in channels.names])
     kept, _, _ = smallest(masked, rank, 0.3)
     assert int(kept.sum()) == 7  # the last in line is needed too
-    assert bool(smallest(masked, rank, 1e-9)[0].all())  # never met: the whole model
+    either = [masked.loss(x, calibrated(masked.odds(x), some)) for x in (kept.float(), torch.ones(len(rank)))]
+    assert smallest(masked, rank, 1e-9)[2] == pytest.approx(min(either))  # never met: the better of the two
+
+
+def test_channels_that_the_gates_leave_on_are_tried_where_the_whole_model_fails() -> None:
+    """A neuron answers the opposite of the circuit, and louder: pruning can make what the model does not do."""
+    model, some = by_hand()
+    mlp = model._module.transformer.h[1].mlp
+    mlp.c_fc.weight[30], mlp.c_proj.weight[:, 30] = mlp.c_fc.weight[20], -5 * mlp.c_proj.weight[:, 20]
+    channels = Channels(model)
+    masked = Masked(channels, some, fills(channels, some, "zero"))
+    rank = torch.tensor([1.0 if name in TRUE else -1.0 for name in channels.names])
+    assert masked.loss(torch.ones(len(rank))) > 1
+    kept, _, reached = smallest(masked, rank, 0.15)
+    assert torch.equal(kept, rank > 0) and reached < 0.15
+
+
+def test_channels_that_are_held_at_their_fill_are_in_no_circuit() -> None:
+    model, some = by_hand()
+    channels = Channels(model)
+    masked = Masked(channels, some, fills(channels, some, "zero"))
+    without = torch.tensor([name == TRUE[1] for name in channels.names])
+    rank = learn(masked, Settings(k_coef=0.0, lr=3e-2, steps=10), without=without)
+    assert (rank == -math.inf).tolist() == without.tolist()
+    assert not bool((smallest(masked, rank, 1e-9)[0] & without).any())
+    question = Question.of(model, some, some, ablation="zero")
+    assert question.search(QUICK, without=without).best is None
+    with pytest.raises(UserError, match="no settings to prune with"):
+        question.search([])
+    with pytest.raises(UserError, match="all 352 channels are held"):
+        question.search(QUICK, without=torch.ones(len(channels), dtype=torch.bool))
+
+
+# ---- frozen norms ----
+
+
+@pytest.mark.parametrize("task", ["with_as", "final_kwarg"])
+def test_frozen_norms_change_nothing_where_nothing_is_masked(task: str, model: LanguageModel) -> None:
+    _, some = pairs(model, task)
+    channels = Channels(model)
+    fill, ones = fills(channels, some, "zero"), torch.ones(len(channels))
+    frozen, free = Masked(channels, some, fill, freeze_norms=True), Masked(channels, some, fill)
+    torch.testing.assert_close(frozen.odds(ones), free.odds(ones), rtol=1e-4, atol=1e-4)
+    ones[:20] = 0
+    assert (frozen.odds(ones) - free.odds(ones)).abs().max() > 1e-3
+
+
+def test_norms_of_a_masked_run_divide_by_what_they_divide_by_in_the_clean_one(coder: LanguageModel) -> None:
+    """By the definition of RMSNorm, at the norm before an MLP and at the last one."""
+    made = random_model(vocab_size=coder.config.d_vocab, block_size=256)  # without AbsTopK: norms are read as they are
+    model = LanguageModel(made, coder.tokenizer, name="random", fingerprint="random")
+    for name, gain in made.named_parameters():
+        if "ln_" in name:
+            gain.copy_(1 + 0.5 * torch.randn(gain.shape, generator=rng()))
+    _, some = pairs(model)
+    channels, stack = Channels(model), made.transformer
+    masked = Masked(channels, some, fills(channels, some, "zero"), freeze_norms=True)
+    mid, read, last = "blocks.1.hook_resid_mid", "blocks.1.mlp.hook_in", "blocks.1.hook_resid_post"
+    clean = model.run(some.tokens, capture=[mid, last])
+    mask = torch.ones(len(channels))
+    mask[[channels.names.index(name) for name in ("0.attn.resid_delta:3", "0.mlp.post_act:40", "1.attn.v:5")]] = 0
+    run = masked.model.run(some.tokens, edit=channels.edits(mask, masked.fill), capture=[mid, read, last])
+
+    def normed(x: Tensor, at: Tensor, norm: Any) -> Tensor:
+        eps: float = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+        out: Tensor = x * (at.square().mean(-1, keepdim=True) + eps).rsqrt() * norm.weight
+        return out
+
+    assert (run[mid] - clean[mid]).abs().max() > 0.01
+    torch.testing.assert_close(run[read], normed(run[mid], clean[mid], stack.h[1].ln_2), rtol=1e-3, atol=1e-4)
+    expected = normed(run[last], clean[last], stack.ln_f) @ made.lm_head.weight.T + made.bigram_table[some.tokens]
+    assert run.logits is not None
+    torch.testing.assert_close(run.logits, expected, rtol=1e-3, atol=1e-3)
+    assert model._module is made and isinstance(stack.ln_f, torch.nn.RMSNorm)  # the model itself stays as it was
 
 
 # ---- the whole of it ----
@@ -259,6 +335,10 @@ def test_a_circuit_of_a_task_is_found_on_one_part_and_judged_on_the_other(model:
     found = prune(model, train, test, stream, target=math.log(2) + 1e-3, search=quick)
     assert len(found.nodes) == 1 and len(found.circuit) == 0 and found.loss <= math.log(2) + 1e-3
     assert found.summary()["definition"].endswith("nonzero weights between them") and len(found.headline["tried"]) == 2
+    held = found.kept
+    other = prune(model, train, test, stream, target=math.log(2) + 1e-3, search=quick, without=held, freeze_norms=True)
+    assert len(other.nodes) == 1 and other.nodes != found.nodes and other.headline["freeze_norms"]
+    assert "norms frozen, 1 channels held at their fill" in other.circuit.definition
     with pytest.raises(UserError, match=r"no circuit of random-sparse meets 0.01 nats on with_as-train: at best"):
         prune(model, train, test, stream, target=0.01, search=quick)
     with pytest.raises(UserError, match="are in both parts"):

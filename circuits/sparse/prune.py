@@ -7,16 +7,17 @@ each pair, and k_coef times the number of channels that are left. The circuit is
 largest tau with which the loss meets a target, found by bisection, after scale and shift of the difference of the two
 answers' logits were fitted (what is left of a model is often sure of the right thing by too much or too little).
 
-Mean ablation is the weakest test that a circuit can pass: look at what is left of the task without the circuit, too.
+Mean ablation is the weakest test that a circuit can pass; `circuits.sparse.validate` has others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,16 +26,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuits.graph import Circuit
-from circuits.sparse.channels import Channels, Fill
+from circuits.sparse.channels import Channels
+from circuits.sparse.masked import MOST_SCALE, Ablated, Masked, Pairs, calibrated, fills, loss, rescaled
 from workbench.errors import UserError
-from workbench.metrics import log_odds
 from workbench.models import LanguageModel
 from workbench.prompts import Batch
-from workbench.tasks.python_code import pair_sides
 
-Ablated = Literal["mean", "task-mean", "zero", "resample"]
-MOST_SCALE = 10.0
-TOKENS_AT_ONCE = 8192  # of the stream, while means are taken
+__all__ = [
+    "MOST_SCALE", "SEARCH", "Ablated", "Masked", "Pairs", "Pruned", "Question", "Searched", "Settings", "ask",
+    "attribution", "calibrated", "descend", "fills", "learn", "loss", "prune", "rescaled", "smallest",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,141 +60,6 @@ class Settings:
 SEARCH = tuple(Settings(k_coef=k, lr=lr) for k, lr in product((3e-4, 1e-3, 3e-3), (1e-2, 3e-2)))
 
 
-# ---- prompts ----
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Both prompts of every pair in one tensor, the class that each belongs to, and the two answers.
-
-    Shorter prompts are filled up at the end, which no earlier position of a causal model sees.
-
-    tokens  [2 * pair, pos], all clean prompts first; last: the position that is asked about
-    one     token ids of class 1's answer, two: of class 2's; empty where it is "anything else"
-    is_one  whether class 1's answer is right
-    """
-
-    task: str
-    tokens: Int[Tensor, "prompt pos"]
-    last: Int[Tensor, " prompt"]
-    one: tuple[Tensor, ...]
-    two: tuple[Tensor, ...]
-    is_one: Bool[Tensor, " prompt"]
-
-    @classmethod
-    def of(cls, batch: Batch) -> Pairs:
-        sequences = [*batch.clean, *batch.corrupted]
-        length = max(map(len, sequences))
-        tokens = torch.stack([F.pad(x, (0, length - len(x))) for x in sequences])
-        one, two, clean_is_one = pair_sides(batch)
-        return cls(
-            batch.task.name, tokens, torch.tensor([len(x) - 1 for x in sequences]), (*one, *one), (*two, *two),
-            torch.cat([clean_is_one, ~clean_is_one]),
-        )  # fmt: skip
-
-    def __len__(self) -> int:
-        return len(self.tokens) // 2
-
-    def partner(self, x: Float[Tensor, "prompt *rest"]) -> Float[Tensor, "prompt *rest"]:
-        """What belongs to the other prompt of each pair."""
-        return x.roll(len(self), 0)
-
-    def differences(self, logits: Float[Tensor, "prompt vocab"]) -> Float[Tensor, " prompt"]:
-        """Log odds of the right answer against the wrong one, of these two alone."""
-        return log_odds(logits, self.one, self.two) * torch.where(self.is_one, 1.0, -1.0).to(logits.device)
-
-
-# ---- masked runs ----
-
-
-class Masked:
-    """A model on some pairs, with any channels masked."""
-
-    def __init__(self, channels: Channels, pairs: Pairs, fill: Fill):
-        self.channels, self.pairs, self.fill = channels, pairs, fill
-
-    def odds(self, mask: Float[Tensor, " channel"], *, grad: bool = False) -> Float[Tensor, " prompt"]:
-        """Log odds of the right answer for every prompt."""
-        model, pairs = self.channels.model, self.pairs
-        edit = self.channels.edits(mask, self.fill)
-        logits = model.run(pairs.tokens, edit=edit, grad=grad).logits
-        assert logits is not None
-        return pairs.differences(logits[torch.arange(len(logits)), pairs.last].float())
-
-    def loss(self, mask: Float[Tensor, " channel"], scale: tuple[float, float] = (1.0, 0.0)) -> float:
-        """The task's loss in nats per prompt."""
-        return float(loss(rescaled(self.odds(mask), self.pairs, scale)))
-
-
-def loss(odds: Float[Tensor, " prompt"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of log odds; ln 2 where nothing is known."""
-    return F.softplus(-odds).mean()
-
-
-def rescaled(odds: Tensor, pairs: Pairs, scale: tuple[float | Tensor, float | Tensor]) -> Tensor:
-    """Scaled, and shifted towards class 1 whatever the prompt's class."""
-    sign = torch.where(pairs.is_one, 1.0, -1.0).to(odds)
-    return odds * scale[0] + sign * scale[1]
-
-
-def calibrated(odds: Float[Tensor, " prompt"], pairs: Pairs, steps: int = 16) -> tuple[float, float]:
-    """Scale and shift of the difference of the two answers' logits with which the loss is least (L-BFGS).
-
-    The scale is between 0 and MOST_SCALE: without a bound, any difference between the classes, such as that of a norm,
-    becomes certainty, and channels that have nothing to do with the task make a circuit of it.
-    """
-    fixed = odds.detach().double().cpu()
-
-    def fitted(scale: float | None) -> tuple[float, float]:
-        ab = torch.tensor([1.0 if scale is None else scale, 0.0], dtype=torch.float64, requires_grad=True)
-        search = torch.optim.LBFGS([ab], max_iter=steps, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            search.zero_grad()
-            value = loss(rescaled(fixed, pairs, (ab[0] if scale is None else scale, ab[1])))
-            value.backward()
-            return value
-
-        search.step(closure)
-        found: list[float] = ab.tolist()
-        return found[0] if scale is None else scale, found[1]
-
-    scale, shift = fitted(None)
-    if not 0 <= scale <= MOST_SCALE:  # also where it is no number
-        scale, shift = fitted(0.0 if scale < 0 else MOST_SCALE)
-    return scale, shift
-
-
-@torch.no_grad()
-def fills(
-    channels: Channels, pairs: Pairs, ablation: Ablated, stream: Int[Tensor, "batch pos"] | None = None
-) -> dict[str, Tensor]:
-    """What masked channels carry.
-
-    mean       each channel's mean over the stream, all tokens alike
-    task-mean  over the positions of these prompts that are not filled up
-    zero       nothing
-    resample   on each prompt, its value on the other prompt of the pair
-    """
-    model, hooks = channels.model, channels.hooks
-    if ablation == "mean":
-        if stream is None:
-            raise UserError("the mean is taken over the training stream; give some of its tokens.")
-        at_once = max(1, TOKENS_AT_ONCE // stream.shape[1])
-        total: dict[str, Tensor] = {}
-        for rows in stream.split(at_once):
-            run = model.run(rows, capture=hooks, logits="none")
-            total = {hook: run[hook].double().sum((0, 1)) + total.get(hook, 0) for hook in hooks}
-        return {hook: (x / stream.numel()).to(model.dtype) for hook, x in total.items()}
-    run = model.run(pairs.tokens, capture=hooks, logits="none")
-    if ablation == "resample":
-        return {hook: pairs.partner(run[hook]) for hook in hooks}
-    if ablation == "zero":
-        return {hook: torch.zeros_like(run[hook][0, 0]) for hook in hooks}
-    read = torch.arange(pairs.tokens.shape[1]) <= pairs.last[:, None]
-    return {hook: run[hook][read].mean(0) for hook in hooks}
-
-
 # ---- learning a mask ----
 
 
@@ -213,10 +79,24 @@ class _Step(torch.autograd.Function):
         return slopes[0] * s * (1 - s) / ctx.temperature, None
 
 
-def learn(masked: Masked, settings: Settings, seed: int = 0) -> Float[Tensor, " channel"]:
-    """Gates, by which channels are ranked."""
+def learn(
+    masked: Masked, settings: Settings, seed: int = 0, without: Bool[Tensor, " channel"] | None = None
+) -> Float[Tensor, " channel"]:
+    """Gates, by which channels are ranked; those of channels that are held at their fill (`without`) are -inf."""
+    held = torch.zeros(len(masked.channels), dtype=torch.bool) if without is None else without
+
+    def objective(mask: Tensor) -> Tensor:
+        mask = mask.masked_fill(held, 0)
+        return loss(masked.odds(mask, grad=True)) + settings.k_coef * mask.sum()
+
+    return descend(len(held), objective, settings, seed).masked_fill(held, -math.inf)
+
+
+def descend(
+    n: int, objective: Callable[[Tensor], Tensor], settings: Settings, seed: int = 0
+) -> Float[Tensor, " channel"]:
+    """n gates that make the objective of their mask small."""
     generator = torch.Generator().manual_seed(seed)
-    n = len(masked.channels)
     mean, spread = settings.init
     tau = (mean + spread * torch.randn(n, generator=generator)).clamp(-1, 1).requires_grad_()
     adam = torch.optim.AdamW([tau], lr=settings.lr, betas=(0.9, settings.beta2), weight_decay=settings.decay)
@@ -224,9 +104,8 @@ def learn(masked: Masked, settings: Settings, seed: int = 0) -> Float[Tensor, " 
         for group in adam.param_groups:
             group["lr"] = settings.lr * (1 - step / settings.steps)
         mask: Tensor = _Step.apply(tau, settings.temperature)  # type: ignore[no-untyped-call]
-        objective = loss(masked.odds(mask, grad=True)) + settings.k_coef * mask.sum()
         adam.zero_grad()
-        objective.backward()
+        objective(mask).backward()
         torch.nn.utils.clip_grad_norm_([tau], settings.clip)
         adam.step()
         with torch.no_grad():
@@ -243,25 +122,35 @@ def attribution(masked: Masked) -> Float[Tensor, " channel"]:
     return torch.stack(rows).sum(0)
 
 
-def smallest(
-    masked: Masked, rank: Float[Tensor, " channel"], target: float
-) -> tuple[Bool[Tensor, " channel"], tuple[float, float], float]:
+Tried = tuple[Bool[Tensor, " channel"], tuple[float, float], float]
+
+
+def smallest(masked: Masked, rank: Float[Tensor, " channel"], target: float) -> Tried:
     """The fewest channels of highest rank whose loss meets the target, their scale and shift, and the loss.
 
-    By bisection, as if the loss fell with every channel; all channels if not even they meet it.
+    By bisection, as if the loss fell with every channel, from the channels of rank 0 or more, which are those that
+    gates leave on; from all where these do not meet the target, as when gates are stricter than it. Where pruning makes
+    what the model does not have, few channels may meet the target that all of them miss. If neither meets it, the one
+    of less loss. Channels of rank -inf are never kept.
     """
     order = rank.argsort(descending=True, stable=True)
 
-    def tried(k: int) -> tuple[Tensor, tuple[float, float], float]:
+    def tried(k: int) -> Tried:
         kept = torch.zeros(len(rank), dtype=torch.bool)
         kept[order[:k]] = True
         odds = masked.odds(kept.float())
         scale = calibrated(odds, masked.pairs)
         return kept, scale, float(loss(rescaled(odds, masked.pairs, scale)))
 
-    low, high, best = 0, len(rank), tried(len(rank))
-    if best[2] > target:
-        return best
+    low, missed = 0, []
+    for high in sorted({int((rank >= 0).sum()), int((rank > -math.inf).sum())} - {0}):
+        best = tried(high)
+        if best[2] <= target:
+            break
+        missed.append(best)
+        low = high
+    else:
+        return min(missed, key=lambda found: found[2])
     while high - low > 1:
         middle = (low + high) // 2
         found = tried(middle)
@@ -308,6 +197,118 @@ class Pruned:
         }
 
 
+@dataclass(frozen=True)
+class Searched:
+    """What came of some settings of mask learning: a row for each, and the circuit with the fewest edges of those that
+    meet the target, if any does."""
+
+    tried: list[dict[str, Any]]
+    best: Pruned | None
+
+    @property
+    def least(self) -> float:
+        """The least loss that was reached, in nats."""
+        return float(min(row["loss"] for row in self.tried))
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a circuit must do: its loss on the pairs it is found on must meet the target; others judge it."""
+
+    find: Masked
+    judge: Masked
+    target: float
+    ablation: Ablated
+    stream: Int[Tensor, "batch pos"] | None
+    freeze_norms: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: LanguageModel,
+        find: Pairs,
+        judge: Pairs,
+        stream: Int[Tensor, "batch pos"] | None = None,
+        *,
+        target: float = 0.15,
+        ablation: Ablated = "mean",
+        freeze_norms: bool = False,
+    ) -> Question:
+        """Arguments as those of `prune`."""
+        channels = Channels(model)
+        fill = fills(channels, find, ablation, stream)
+        other = fill if ablation in ("mean", "zero") else fills(channels, judge, ablation)
+        one, two = Masked(channels, find, fill, freeze_norms), Masked(channels, judge, other, freeze_norms)
+        return cls(one, two, target, ablation, stream, freeze_norms)
+
+    def varied(self, model: LanguageModel | None = None, **options: Any) -> Question:
+        """The same of another model, or with another ablation, or with norms frozen or not."""
+        words = {"target": self.target, "ablation": self.ablation, "freeze_norms": self.freeze_norms}
+        model = model or self.find.channels.model
+        return Question.of(model, self.find.pairs, self.judge.pairs, self.stream, **{**words, **options})
+
+    @cached_property
+    def whole(self) -> float:
+        """The whole model's loss on the pairs that judge, in nats per prompt."""
+        return self.judge.loss(torch.ones(len(self.judge.channels)))
+
+    def search(
+        self, search: Sequence[Settings], seed: int = 0, without: Bool[Tensor, " channel"] | None = None
+    ) -> Searched:
+        """Prune with each of some settings; `without` as in `prune`. Raises UserError if nothing is left to try."""
+        if not search:
+            raise UserError("there are no settings to prune with; give one at least.")
+        if without is not None and bool(without.all()):
+            raise UserError(f"all {len(without)} channels are held at their fill; leave some of them free.")
+        channels, tried, best = self.find.channels, [], None
+        for settings in search:
+            kept, scale, reached = smallest(self.find, learn(self.find, settings, seed, without), self.target)
+            edges = int(channels.between(kept).sum())
+            tried.append({"k_coef": settings.k_coef, "lr": settings.lr, "edges": edges, "loss": reached})
+            if reached <= self.target and (best is None or edges < len(best.circuit)):
+                best = self._pruned(kept, scale, reached, settings, without)
+        if best is not None:
+            words = {"target": self.target, "ablation": self.ablation, "freeze_norms": self.freeze_norms}
+            best = replace(best, headline={**words, "tried": tried, "seed": seed})
+        return Searched(tried, best)
+
+    def _pruned(
+        self, kept: Tensor, scale: tuple[float, float], reached: float, settings: Settings, without: Tensor | None
+    ) -> Pruned:
+        channels, pairs = self.find.channels, self.find.pairs
+        circuit = Circuit(
+            channels.graph, channels.between(kept),
+            f"fewest channels of largest gate with {pairs.task} loss at most {self.target:g} nats on {len(pairs)} "
+            f"pairs, ablation {self.ablation}{', norms frozen' if self.freeze_norms else ''}"
+            f"{'' if without is None else f', {int(without.sum())} channels held at their fill'}; edges: nonzero "
+            "weights between them",
+            channels.model.name, pairs.task, "sparse-prune", channels.weights,
+        )  # fmt: skip
+        names = tuple(name for name, is_kept in zip(channels.names, kept.tolist(), strict=True) if is_kept)
+        return Pruned(circuit, names, kept, scale, reached, self.judge.loss(kept.float(), scale), self.whole, settings)
+
+
+def ask(
+    model: LanguageModel,
+    train: Batch,
+    test: Batch,
+    stream: Int[Tensor, "batch pos"] | None = None,
+    *,
+    target: float = 0.15,
+    ablation: Ablated = "mean",
+    freeze_norms: bool = False,
+) -> Question:
+    """The question that `prune` answers. Raises UserError if train and test share a prompt."""
+    texts = [{text for p in part.prompts for text in (p.clean, p.corrupted)} for part in (train, test)]
+    shared = texts[0] & texts[1]
+    if shared:
+        raise UserError(
+            f"{len(shared)} prompts are in both parts, such as {min(shared)!r}; draw them from split tasks."
+        )
+    one, other = Pairs.of(train), Pairs.of(test)
+    return Question.of(model, one, other, stream, target=target, ablation=ablation, freeze_norms=freeze_norms)
+
+
 def prune(
     model: LanguageModel,
     train: Batch,
@@ -316,46 +317,25 @@ def prune(
     *,
     target: float = 0.15,
     ablation: Ablated = "mean",
+    freeze_norms: bool = False,
+    without: Bool[Tensor, " channel"] | None = None,
     search: Sequence[Settings] = SEARCH,
     seed: int = 0,
 ) -> Pruned:
     """The circuit with the fewest edges among some settings of mask learning.
 
-    train, test  pairs to find the circuit on, and to judge it; no text in both
-    stream       tokens of the training stream, for mean ablation
+    train, test   pairs to find the circuit on, and to judge it; no text in both
+    stream        tokens of the training stream, for mean ablation
+    freeze_norms  RMSNorms divide by what they divide by in the whole model on the same prompt
+    without       channels that are held at their fill: the circuit must do without them
 
     Raises UserError if train and test share a prompt, or if no setting meets the target.
     """
-    texts = [{text for p in part.prompts for text in (p.clean, p.corrupted)} for part in (train, test)]
-    shared = texts[0] & texts[1]
-    if shared:
+    question = ask(model, train, test, stream, target=target, ablation=ablation, freeze_norms=freeze_norms)
+    found = question.search(search, seed, without)
+    if found.best is None:
         raise UserError(
-            f"{len(shared)} prompts are in both parts, such as {min(shared)!r}; draw them from split tasks."
+            f"no circuit of {model.name} meets {target:g} nats on {train.task.name}: at best {found.least:.3g} (the "
+            f"whole model {question.whole:.3g}, chance {math.log(2):.3g}); raise the target, or train the model longer."
         )
-    channels = Channels(model)
-    one, other = (Pairs.of(batch) for batch in (train, test))
-    find, judge = (Masked(channels, pairs, fills(channels, pairs, ablation, stream)) for pairs in (one, other))
-    whole = judge.loss(torch.ones(len(channels)))
-    best: Pruned | None = None
-    tried = []
-    for settings in search:
-        kept, scale, reached = smallest(find, learn(find, settings, seed), target)
-        edges = channels.between(kept)
-        tried.append({"k_coef": settings.k_coef, "lr": settings.lr, "edges": int(edges.sum()), "loss": reached})
-        if reached <= target and (best is None or int(edges.sum()) < len(best.circuit)):
-            circuit = Circuit(
-                channels.graph, edges,
-                f"fewest channels of largest gate with {train.task.name} loss at most {target:g} nats on {len(train)} "
-                f"pairs, ablation {ablation}; edges: nonzero weights between them",
-                model.name, train.task.name, "sparse-prune", channels.weights,
-            )  # fmt: skip
-            names = tuple(name for name, is_kept in zip(channels.names, kept.tolist(), strict=True) if is_kept)
-            held_out = judge.loss(kept.float(), scale)
-            best = Pruned(circuit, names, kept, scale, reached, held_out, whole, settings)
-    if best is None:
-        least = min(float(row["loss"]) for row in tried)
-        raise UserError(
-            f"no circuit of {model.name} meets {target:g} nats on {train.task.name}: at best {least:.3g} (the whole "
-            f"model {whole:.3g}, chance {math.log(2):.3g}); raise the target, or train the model longer."
-        )
-    return replace(best, headline={"target": target, "ablation": ablation, "tried": tried, "seed": seed})
+    return found.best
