@@ -15,7 +15,7 @@ from circuits.sparse import ablations
 from circuits.sparse.channels import SITES, Channels
 from circuits.sparse.masked import accuracy, calibrated
 from circuits.sparse.model import SparseTransformer
-from circuits.sparse.prune import Pairs, Pruned, Question, Settings, prune
+from circuits.sparse.prune import Pairs, Pruned, Question, Searched, Settings, prune
 from circuits.sparse.train import matrices
 from circuits.sparse.validate import (
     Validation,
@@ -158,6 +158,9 @@ def test_a_circuit_is_judged_by_other_fills_and_with_norms_frozen_too() -> None:
     scale = calibrated(frozen.find.odds(found.kept.float()), frozen.find.pairs)
     assert elsewhere["frozen norms"] == pytest.approx(frozen.judge.loss(found.kept.float(), scale))
     assert "frozen norms" not in sufficiency(frozen, found).elsewhere
+    stream = torch.randint(8, (4, 10), generator=rng())
+    model, some = question.find.channels.model, question.find.pairs
+    assert "mean" in sufficiency(Question.of(model, some, some, stream, ablation="zero"), found).elsewhere
 
 
 def test_saboteurs_that_cancel_are_found_by_subsets_and_by_the_adversary() -> None:
@@ -276,7 +279,7 @@ def test_overlap_is_shared_over_either_in_the_mean_over_pairs() -> None:
     class Canned(Question):
         def search(self, search, seed=0, without=None):  # type: ignore[no-untyped-def]
             assert list(search) == [LEARN] and without is None
-            return replace(question.search([], 0), best=found.get(seed))
+            return Searched([], found.get(seed))
 
     canned = Canned(**{name: getattr(question, name) for name in question.__dataclass_fields__})
     result = stability(canned, first)
@@ -287,6 +290,9 @@ def test_overlap_is_shared_over_either_in_the_mean_over_pairs() -> None:
     result = stability(canned, first)
     assert result.seeds == (0, 1, 2) and result.reached == (0, 2) and result.edges == (1, 0)
     assert result.same_nodes == pytest.approx(1 / 3) and result.same_edges == 0
+    edgeless = named(question, (one,))
+    found[2] = named(question, (four,))
+    assert stability(canned, edgeless).same_edges == 1 and stability(canned, edgeless).same_nodes == 0
     found.clear()
     assert stability(canned, first).same_nodes is None
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.sparse.masked import Masked, accuracy, calibrated, loss, rescaled
+from circuits.sparse.masked import Ablated, Masked, accuracy, calibrated, loss, rescaled
 from circuits.sparse.prune import Pruned, Question, Settings, descend
 from workbench.errors import UserError
 
@@ -114,12 +114,16 @@ class Subsets:
 def sufficiency(question: Question, found: Pruned) -> Sufficiency:
     """How well the circuit alone does the task."""
     mask = found.kept.float()
-    others = {name: question.varied(ablation=name) for name in ("task-mean", "zero", "resample")}
-    others["frozen norms"] = question.varied(freeze_norms=True)
+    fills = [name for name in get_args(Ablated) if name != question.ablation]
+    others: dict[str, dict[str, Any]] = {name: {"ablation": name} for name in fills}
+    if question.stream is None:
+        others.pop("mean", None)
+    if not question.freeze_norms:
+        others["frozen norms"] = {"freeze_norms": True}
     elsewhere = {}
-    for name, other in others.items():
-        if name != question.ablation and not (name == "frozen norms" and question.freeze_norms):
-            elsewhere[name] = other.judge.loss(mask, calibrated(other.find.odds(mask), other.find.pairs))
+    for name, options in others.items():
+        other = question.varied(**options)
+        elsewhere[name] = other.judge.loss(mask, calibrated(other.find.odds(mask), other.find.pairs))
     alone, whole = (question.judge.odds(x) for x in (mask, torch.ones_like(mask)))
     alone = rescaled(alone, question.judge.pairs, found.scale)
     return Sufficiency(float(loss(alone)), accuracy(alone), float(loss(whole)), accuracy(whole), elsewhere)
