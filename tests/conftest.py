@@ -39,6 +39,8 @@ On = Callable[[str], dict[str, Any]]
 QUICK: dict[str, dict[str, Any]] = {
     "sae-codes": {"steps": 5, "trials": 1, "permutations": 5},
     "compare": {"methods": "patching,eap"},
+    "sparse-prune": {"target": 0.7, "settings": 1, "steps": 3},
+    "sparse-tasks": {"target": 0.7, "settings": 1, "steps": 3, "tasks": "with_as,for_while", "pairs": 4},
     "sparse-train": {"tokens": 4096, "width": 32, "layers": 1, "density": 0.5},
 }
 
@@ -145,14 +147,29 @@ def coder() -> LanguageModel:
     return LanguageModel(module, bpe, name="coder", fingerprint="coder")
 
 
+@pytest.fixture(scope="session")
+def sparse_coder(coder: LanguageModel) -> LanguageModel:
+    """A random weight-sparse model that reads code, and says what it would have been trained on."""
+    vocab, sites = coder.config.d_vocab, ("attn_in", "attn_v", "mlp_neuron")
+    config = SparseConfig(vocab, 2, 32, 2, block_size=128, afrac=0.5, afrac_loctypes=sites, sink=True)
+    module = SparseTransformer(config, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    for weight in module.parameters():
+        kept = torch.rand(weight.shape, generator=generator) < 0.25
+        weight.data += 0.3 * kept * torch.randn(weight.shape, generator=generator)
+    module.about = {"recipe": {"real": 0.0, "seed": 0}}
+    return LanguageModel(module, coder.tokenizer, name="sparse-coder", fingerprint="sparse-coder")
+
+
 @pytest.fixture
-def on(tiny: LanguageModel) -> On:
+def on(tiny: LanguageModel, sparse_coder: LanguageModel) -> On:
     """on("patching"): what to run an analysis on, and its parameters, so that it takes no time."""
 
     def chosen(name: str) -> dict[str, Any]:
         analysis = registry.get_analysis(name)
-        model = {} if analysis.model is None else {"model": tiny}
-        task = {} if analysis.task is None else {"task": "ioi", "n": 6}
+        of_sparse = name in ("sparse-prune", "sparse-tasks")
+        model = {} if analysis.model is None else {"model": sparse_coder if of_sparse else tiny}
+        task = {} if analysis.task is None else {"task": "with_as" if of_sparse else "ioi", "n": 6}
         return model | task | QUICK.get(name, {})
 
     return chosen

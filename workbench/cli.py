@@ -212,11 +212,18 @@ def describe(done: Any) -> str:
             f"{t['metric']} {t['clean_mean']:.3f} clean, {t['corrupted_mean']:.3f} corrupted"
         )
     for name, value in done.summary.items():
-        if isinstance(value, list) and value and isinstance(value[0], list):
-            value = "  ".join(" ".join(map(str, item)) for item in value)
-        lines.append(f"  {name}  {value}")
+        lines.append(f"  {name}  {_plain(value)}")
     lines.append(f"  again  {done.record['command']}")
     return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    """Values as words: items of a list of rows and of a dictionary two spaces apart."""
+    if isinstance(value, dict):
+        return "  ".join(f"{name} {_plain(item)}" for name, item in value.items())
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        return "  ".join(_plain(item) for item in value)
+    return " ".join(map(_plain, value)) if isinstance(value, list) else str(value)
 
 
 def _job(context: typer.Context, path: Path | None) -> Path | None:

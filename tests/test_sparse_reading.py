@@ -1,0 +1,102 @@
+"""What a circuit's channels do, on the circuit that was put there by hand, and how it is drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from circuits.sparse.masked import Masked, fills
+
+from circuits.sparse.channels import Channels
+from circuits.sparse.circuit_figures import places_of, through_the_stream
+from circuits.sparse.prune import Pruned, Question, Settings
+from circuits.sparse.pruning_run import Row, SparseCircuit, TaskCircuits
+from circuits.sparse.reading import Reading, read
+from tests.test_sparse_prune import TRUE, A, B, by_hand
+from workbench import plots, results
+from workbench.models import LanguageModel
+
+QUICK = (Settings(k_coef=1e-4, lr=3e-2, steps=100),)
+
+
+@pytest.fixture(scope="module")
+def found() -> tuple[LanguageModel, Question, Pruned, Reading]:
+    model, some = by_hand()
+    model.tokenizer = Words()
+    question = Question.of(model, some, some, ablation="zero")
+    best = question.search(QUICK).best
+    assert best is not None and set(best.nodes) == set(TRUE)
+    return model, question, best, read(question, best)
+
+
+class Words:
+    """Names of the tokens of a model that has no tokenizer."""
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return "".join(f"t{i}" for i in ids)
+
+
+def test_channels_say_what_was_put_there(found: tuple[LanguageModel, Question, Pruned, Reading]) -> None:
+    model, _, _, reading = found
+    assert [node.name for node in reading.nodes] == sorted(TRUE, key=Channels(model).names.index)
+    source, value, end = (reading[name] for name in ("0.attn.act_in:0", "0.attn.v:9", "1.mlp.resid_delta:7"))
+    # Channel 0 is 1 for token A and -1 for B, and nothing else writes to it.
+    assert sorted(source.tokens) == [f"+t{A}", f"-t{B}"]
+    assert source.one == pytest.approx(-source.two, rel=0.01) and source.one > 0.1
+    assert value.one == pytest.approx(source.one, rel=0.05)  # weight 1
+    # The unembedding has 0.4 and -0.4 in channel 7 for the two answers.
+    assert end.towards_one == pytest.approx(0.8) and end.one > 0 > end.two
+    assert reading["1.mlp.post_act:20"].one > reading["1.mlp.post_act:20"].two == pytest.approx(0, abs=1e-6)
+    assert reading["0.attn.resid_delta:6"].towards_one == pytest.approx(0) and value.towards_one is None
+
+
+def test_the_loss_without_a_channel_is_that_of_the_circuit_without_it(
+    found: tuple[LanguageModel, Question, Pruned, Reading],
+) -> None:
+    model, question, best, reading = found
+    channels = Channels(model)
+    masked = Masked(channels, question.judge.pairs, fills(channels, question.judge.pairs, "zero"))
+    for node in reading.nodes:
+        mask = best.kept.float()
+        base = masked.loss(mask, best.scale)
+        mask[channels.names.index(node.name)] = 0
+        assert node.loss_without == pytest.approx(masked.loss(mask, best.scale) - base, abs=1e-5)
+    chain = {"0.attn.act_in:0", "0.attn.v:9", "0.attn.resid_delta:6", "1.mlp.act_in:6", "1.mlp.resid_delta:7"}
+    assert {node.name for node in reading.strongest(5)} == chain  # each neuron serves one class alone
+
+
+def test_the_drawing_has_every_channel_weight_and_passage(
+    found: tuple[LanguageModel, Question, Pruned, Reading],
+) -> None:
+    _, _, best, reading = found
+    fig = plots.figure(SparseCircuit(best, reading, None))
+    weights = [trace.hovertext for trace in fig.data if isinstance(trace.hovertext, str)]
+    assert len(weights) == len(best.circuit) == 6 and any("weight −3" in text for text in weights)
+    assert through_the_stream(list(best.nodes)) == [("0.attn.resid_delta:6", "1.mlp.act_in:6")]
+    places = places_of(reading, best.circuit)
+    assert len(set(places.values())) == len(places) == 7
+    for s, d in best.circuit.graph.edges[best.circuit.kept].tolist():
+        assert places[best.circuit.graph.sources[s]][0] < places[best.circuit.graph.destinations[d]][0]
+    assert sorted(fig.data[-1].text) == sorted(name.split(":")[1] for name in TRUE)
+
+
+def test_a_circuit_comes_back_from_disk(found: tuple[LanguageModel, Question, Pruned, Reading]) -> None:
+    _, _, best, reading = found
+    value = SparseCircuit(best, reading, None)
+    encoded, arrays = results.encode(value)
+    back = results.decode(SparseCircuit, encoded, arrays)
+    assert back.summary() == value.summary() and back.reading == reading
+    assert back.summary()["n_edges"] == 6 and torch.equal(back.pruned.kept, best.kept)
+
+
+def test_tasks_without_a_circuit_are_shown_and_not_averaged() -> None:
+    row = Row(0.99, 0.02, 0.14, 12, 20, 0.16, 0.6, 0.001)
+    table = TaskCircuits(
+        "m", {"a": row, "b": dataclasses.replace(row, edges=80), "c": Row(0.6, 0.6, 0.5)}, "what is counted"
+    )
+    summary = table.summary()
+    assert summary["geometric_mean_edges"] == 40 and summary["circuits"] == 2 and summary["solved"] == 2
+    fig = plots.figure(table)
+    assert list(fig.data[0].y) == ["b", "a", "c (no circuit)"] and list(fig.data[0].x) == [80, 20, None]
+    assert TaskCircuits("m", {"c": Row(0.6, 0.6, 0.5)}, "").summary()["geometric_mean_edges"] is None
