@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from circuits.sparse.masked import Masked, fills
 
 from circuits.sparse.channels import Channels
 from circuits.sparse.circuit_figures import places_of, through_the_stream
+from circuits.sparse.masked import Masked, fills
 from circuits.sparse.prune import Pruned, Question, Settings
 from circuits.sparse.pruning_run import Row, SparseCircuit, TaskCircuits
 from circuits.sparse.reading import Reading, read

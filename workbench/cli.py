@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from workbench.errors import UserError
-from workbench.tables import table
+from workbench.tables import describe, table
 
 cli = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
@@ -197,33 +197,6 @@ def _parameters(words: Sequence[str]) -> dict[str, str]:
             value = rest.pop(0)
         given[name.replace("-", "_")] = value
     return given
-
-
-def describe(done: Any) -> str:
-    """A finished run for the terminal."""
-    t = done.record["task"]
-    lines = [
-        f"{done.id}  {'found' if done.hit else 'computed'} in {done.seconds:.1f} s, "
-        f"{done.forward_passes} forward passes"
-    ]
-    if t:
-        lines.append(
-            f"  task   {t['n']} prompts: accuracy {t['accuracy']:.2f}, top-1 {t['top1']:.2f}, "
-            f"{t['metric']} {t['clean_mean']:.3f} clean, {t['corrupted_mean']:.3f} corrupted"
-        )
-    for name, value in done.summary.items():
-        lines.append(f"  {name}  {_plain(value)}")
-    lines.append(f"  again  {done.record['command']}")
-    return "\n".join(lines)
-
-
-def _plain(value: Any) -> str:
-    """Values as words: items of a list of rows and of a dictionary two spaces apart."""
-    if isinstance(value, dict):
-        return "  ".join(f"{name} {_plain(item)}" for name, item in value.items())
-    if isinstance(value, list) and value and isinstance(value[0], list):
-        return "  ".join(_plain(item) for item in value)
-    return " ".join(map(_plain, value)) if isinstance(value, list) else str(value)
 
 
 def _job(context: typer.Context, path: Path | None) -> Path | None:

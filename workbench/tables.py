@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Tables and runs for the terminal."""
 
 from __future__ import annotations
 
@@ -12,3 +12,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def describe(done: Any) -> str:
+    """A finished run for the terminal."""
+    t = done.record["task"]
+    lines = [
+        f"{done.id}  {'found' if done.hit else 'computed'} in {done.seconds:.1f} s, "
+        f"{done.forward_passes} forward passes"
+    ]
+    if t:
+        lines.append(
+            f"  task   {t['n']} prompts: accuracy {t['accuracy']:.2f}, top-1 {t['top1']:.2f}, "
+            f"{t['metric']} {t['clean_mean']:.3f} clean, {t['corrupted_mean']:.3f} corrupted"
+        )
+    for name, value in done.summary.items():
+        lines.append(f"  {name}  {_plain(value)}")
+    lines.append(f"  again  {done.record['command']}")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    """Values as words: items of a list of rows and of a dictionary two spaces apart."""
+    if isinstance(value, dict):
+        return "  ".join(f"{name} {_plain(item)}" for name, item in value.items())
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        return "  ".join(_plain(item) for item in value)
+    return " ".join(map(_plain, value)) if isinstance(value, list) else str(value)

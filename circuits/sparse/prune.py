@@ -272,6 +272,19 @@ class Question:
             best = replace(best, headline={**words, "tried": tried, "seed": seed})
         return Searched(tried, best)
 
+    def circuit(
+        self, search: Sequence[Settings] = SEARCH, seed: int = 0, without: Bool[Tensor, " channel"] | None = None
+    ) -> Pruned:
+        """The circuit with the fewest edges. Raises UserError if no setting meets the target."""
+        found = self.search(search, seed, without)
+        if found.best is None:
+            raise UserError(
+                f"no circuit of {self.find.channels.model.name} meets {self.target:g} nats on {self.find.pairs.task}: "
+                f"at best {found.least:.3g} (the whole model {self.whole:.3g}, chance {math.log(2):.3g}); raise the "
+                "target, or train the model longer."
+            )
+        return found.best
+
     def _pruned(
         self, kept: Tensor, scale: tuple[float, float], reached: float, settings: Settings, without: Tensor | None
     ) -> Pruned:
@@ -332,10 +345,4 @@ def prune(
     Raises UserError if train and test share a prompt, or if no setting meets the target.
     """
     question = ask(model, train, test, stream, target=target, ablation=ablation, freeze_norms=freeze_norms)
-    found = question.search(search, seed, without)
-    if found.best is None:
-        raise UserError(
-            f"no circuit of {model.name} meets {target:g} nats on {train.task.name}: at best {found.least:.3g} (the "
-            f"whole model {question.whole:.3g}, chance {math.log(2):.3g}); raise the target, or train the model longer."
-        )
-    return found.best
+    return question.circuit(search, seed, without)

@@ -13,13 +13,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from circuits.graph import Circuit
+from circuits.sparse.ablations import Necessity, necessity
 from circuits.sparse.channels import Channels
 from circuits.sparse.data import TokenStream
 from circuits.sparse.masked import Ablated
 from circuits.sparse.prune import SEARCH, Pruned, Question, Settings, ask
 from circuits.sparse.reading import Reading, read
 from circuits.sparse.training_run import SOLVED, accuracies
-from circuits.sparse.ablations import Necessity, necessity
 from circuits.sparse.validate import Validation, geometric_mean, validate
 from workbench import parts, registry
 from workbench.activations import ActivationStore

@@ -14,14 +14,13 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from circuits.sparse import files
 from circuits.sparse.data import train_tokenizer
 from circuits.sparse.model import SparseConfig
 from circuits.sparse.prune import Pairs
 from circuits.sparse.train import PRESETS, Recipe, Trained, Training
-from workbench import pretrained, registry, runs
+from workbench import backend, pretrained, registry, runs
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.prompts import sample, split
@@ -109,9 +108,8 @@ def sparse_train(
     tokenizer = train_tokenizer(recipe.model.vocab_size, real=recipe.real)
     # Beside what is kept: gone with the other parts once the run is saved.
     trained = Training(recipe, tokenizer, device=device, folder=folder.with_name("checkpoints")).run()
-    words = PreTrainedTokenizerFast(tokenizer_object=trained.tokenizer)
     if not (folder / "model").exists():
-        files.save(trained.module, words, folder / "model", trained.about)
+        files.save(trained.module, backend.wrapped(trained.tokenizer), folder / "model", trained.about)
     model = LanguageModel.load(str(folder / "model"), device=device)
     return result_of(trained, accuracies(model))
 

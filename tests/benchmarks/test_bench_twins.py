@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from circuits.sparse.validate import geometric_mean
 
 from circuits.sparse.train import PRESETS
+from circuits.sparse.validate import geometric_mean
 from tests.benchmarks import harness
 from workbench import runs
 
