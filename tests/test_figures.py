@@ -19,14 +19,33 @@ def record(name: str) -> dict[str, Any]:
     return found
 
 
-def rows() -> dict[str, list[str]]:
-    """The table of methods, cell by cell."""
-    _, _, section = README.partition("### Which method finds the circuit")
-    lines = re.findall(r"^\| `([\w-]+)` \|(.+)\|$", section.partition("\n## ")[0], re.M)
-    return {name: [cell.strip() for cell in cells.split("|")] for name, cells in lines}
+def rows(heading: str = "### Which method finds the circuit") -> dict[str, list[str]]:
+    """The table of methods under a heading, cell by cell; the first row is called "" and says what the columns are."""
+    _, _, section = README.partition(heading)
+    table = re.findall(r"^\| (?:`([\w-]+)` )?\|(.+)\|$", re.split(r"\n##", section)[0], re.M)
+    return {name: [cell.strip() for cell in cells.split("|")] for name, cells in table}
 
 
-@pytest.mark.parametrize("method", rows())
+REAL = rows("#### On other tasks and another model")
+
+
+@pytest.mark.parametrize("method", [name for name in REAL if name])
+def test_the_table_of_real_models_is_that_of_the_records(method: str) -> None:
+    for column, cell in zip(REAL[""], REAL[method], strict=True):
+        model, task = column.split(", ")
+        row = record(f"compare-{model}-{task}")["table"].get(method)
+        if row is None:
+            assert cell == "" and method in record(f"compare-{model}-{task}")["failed"]
+        else:
+            assert cell == f"{row['heads']:,.0f}" + (f" / {row['edges']:,.0f}" if "edges" in row else "")
+
+
+def test_every_record_of_a_real_model_is_in_the_table() -> None:
+    kept = {path.name.removeprefix("compare-").removesuffix("-cpu.json") for path in RECORDS.glob("compare-*-cpu.json")}
+    assert kept == {column.replace(", ", "-") for column in REAL[""]}
+
+
+@pytest.mark.parametrize("method", [name for name in rows() if name])
 def test_the_table_of_methods_is_that_of_the_records(method: str) -> None:
     planted, trained = (record(f"truth-{name}")["summary"] for name in ("planted", "toys"))
     real = record("compare-smollm2-135m-ioi")["table"]
