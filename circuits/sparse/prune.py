@@ -128,10 +128,9 @@ Tried = tuple[Bool[Tensor, " channel"], tuple[float, float], float]
 def smallest(masked: Masked, rank: Float[Tensor, " channel"], target: float) -> Tried:
     """The fewest channels of highest rank whose loss meets the target, their scale and shift, and the loss.
 
-    By bisection, as if the loss fell with every channel, from the channels of rank 0 or more, which are those that
-    gates leave on; from all where these do not meet the target, as when gates are stricter than it. Where pruning makes
-    what the model does not have, few channels may meet the target that all of them miss. If neither meets it, the one
-    of less loss. Channels of rank -inf are never kept.
+    By bisection, as if the loss fell with every channel: once from all channels, and once from those of rank 0 or more,
+    which gates leave on. Where mask learning makes what the model does not have, these meet a target that all of them
+    miss. If neither start meets it, the one with less loss. Channels of rank -inf are never kept.
     """
     order = rank.argsort(descending=True, stable=True)
 
@@ -142,23 +141,21 @@ def smallest(masked: Masked, rank: Float[Tensor, " channel"], target: float) -> 
         scale = calibrated(odds, masked.pairs)
         return kept, scale, float(loss(rescaled(odds, masked.pairs, scale)))
 
-    low, missed = 0, []
-    for high in sorted({int((rank >= 0).sum()), int((rank > -math.inf).sum())} - {0}):
-        best = tried(high)
-        if best[2] <= target:
-            break
-        missed.append(best)
-        low = high
-    else:
-        return min(missed, key=lambda found: found[2])
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = tried(middle)
-        if found[2] <= target:
-            high, best = middle, found
-        else:
-            low = middle
-    return best
+    def bisected(high: int) -> Tried:
+        low, best = 0, tried(high)
+        while best[2] <= target and high - low > 1:
+            middle = (low + high) // 2
+            found = tried(middle)
+            if found[2] <= target:
+                high, best = middle, found
+            else:
+                low = middle
+        return best
+
+    starts = {int((rank >= 0).sum()), int((rank > -math.inf).sum())} - {0}
+    ends = [bisected(high) for high in sorted(starts)]
+    met = [end for end in ends if end[2] <= target]
+    return min(met, key=lambda end: int(end[0].sum())) if met else min(ends, key=lambda end: end[2])
 
 
 # ---- the whole of it ----
