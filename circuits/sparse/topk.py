@@ -1,22 +1,39 @@
 """The largest entries by absolute value, exactly as many as asked for: of activations, and of weights.
 
-Selection decides the speed of a weight-sparse model. On a CPU numpy's partition (vectorised quickselect) finds the
-threshold several times faster than `torch.topk` or `kthvalue`; on a GPU `torch.topk` does. Both select the same
-entries, but for the order in which equal ones are left out.
+Selection decides the speed of a weight-sparse model. On a CPU it is done by numpy on the bits of the numbers, which are
+ordered as the numbers are where these are not negative, in pieces that stay in the cache:
+
+    activations  short runs are sorted, by vector instructions. Of two sorted runs, the larger of the i-th smallest and
+                 the i-th largest, for all i, are the larger half of both; so rows shrink to one run that holds the k
+                 largest. An entry is then left, or made 0, by masking its bits.
+    weights      a sample tells between which two values the threshold nearly surely lies; only the entries between the
+                 two are searched for it. Where the sample misled, all are.
+
+On a GPU `torch.topk` does both. All select the same entries, but for the order in which equal ones are left out.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from workbench.errors import UserError
 
-SAMPLE = 1 << 14  # weights that tell roughly where the threshold of a large matrix lies
+SAMPLE = 1 << 14  # weights, at most, that tell roughly where the threshold of a large matrix lies
+PIECE = 1 << 16  # entries that are worked on at once
+RUN = 512  # the longest run that is sorted wholly by vector instructions
+
+Array = npt.NDArray[Any]
+Neurons = Literal["rows", "columns"]
 
 
 class AbsTopK(nn.Module):
@@ -30,14 +47,32 @@ class AbsTopK(nn.Module):
         self.k = k
 
     def forward(self, x: Float[Tensor, "*any width"]) -> Float[Tensor, "*any width"]:
+        if x.device.type == "cpu":
+            return _Kept.apply(x, self.k)  # type: ignore[no-any-return, no-untyped-call]
         return torch.where(largest(x.detach().abs(), self.k), x, 0)
 
     def extra_repr(self) -> str:
         return f"k={self.k}"
 
 
+class _Kept(torch.autograd.Function):
+    """AbsTopK on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: int) -> Tensor:
+        found, kept = _select(x, k)
+        ctx.save_for_backward(kept)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return _masked(gradient, kept), None
+
+
 def largest(size: Float[Tensor, "*any width"], k: int) -> Bool[Tensor, "*any width"]:
-    """The k largest entries of each row; all that are not negative zeros or more must be finite. k = 0 is none."""
+    """The k largest entries of each row, none of which is negative; k = 0 is none."""
     width = size.shape[-1]
     if k >= width:
         return torch.ones_like(size, dtype=torch.bool)
@@ -46,80 +81,265 @@ def largest(size: Float[Tensor, "*any width"], k: int) -> Bool[Tensor, "*any wid
     if size.device.type != "cpu":
         where = size.topk(k, dim=-1, sorted=False).indices
         return torch.zeros_like(size, dtype=torch.bool).scatter_(-1, where, True)
-    flat = size.reshape(-1, width)
-    least = _kth_largest(flat, k)
-    kept = flat >= least
-    over = kept.sum(-1) > k  # where entries equal the least: rare, but for half precision and zeros
-    if bool(over.any()):
-        above = flat[over] > least[over]
-        equal = flat[over] == least[over]
-        room = k - above.sum(-1, keepdim=True)
-        kept[over] = above | (equal & (equal.cumsum(-1) <= room))
-    return kept.view(size.shape)
+    return _select(size, k)[1] != 0
 
 
-def _kth_largest(rows: Float[Tensor, "row width"], k: int) -> Float[Tensor, "row 1"]:
-    at = rows.shape[-1] - k
-    values: Any = rows.float().numpy()
-    return torch.from_numpy(np.partition(values, at, axis=-1)[:, at : at + 1]).to(rows.dtype)
+# ---- on a CPU: rows ----
+
+
+def _select(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """x with all but the k largest of each row set to 0, and int8s that are -1, all ones, where x was left."""
+    x = x.detach().contiguous()
+    bits, found, kept = _rows(x), torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
+    made, marks = _rows(found), _rows(kept)
+    _each(lambda at: _select_rows(bits[at], k, made[at], marks[at]), _pieces(bits))
+    return found, kept
+
+
+def _masked(x: Tensor, kept: Tensor) -> Tensor:
+    """x where kept is -1, else 0; much faster than `torch.where`."""
+    x = x.contiguous()
+    bits, found, marks = _rows(x), torch.empty_like(x), _rows(kept)
+    made = _rows(found)
+
+    def work(at: slice) -> None:
+        np.bitwise_and(bits[at], marks[at].astype(bits.dtype), out=made[at])
+
+    _each(work, _pieces(bits))
+    return found
+
+
+def _select_rows(bits: Array, k: int, made: Array, marks: Array) -> None:
+    if not 0 < k < bits.shape[1]:
+        marks.fill(-(k > 0))
+        np.copyto(made, bits if k > 0 else 0)
+        return
+    least = _kth_largest(bits & np.iinfo(bits.dtype).max, k)[:, None]
+    mask = _ones(bits, least)
+    over = -mask.sum(-1, dtype=np.int32) != k  # where entries equal the least: rare, but for half precision and zeros
+    if over.any():
+        size, least = bits[over] & np.iinfo(bits.dtype).max, least[over]
+        above, equal = size > least, size == least
+        room = k - above.sum(-1, keepdims=True)
+        mask[over] = -(above | (equal & (equal.cumsum(-1) <= room))).astype(mask.dtype)
+    np.bitwise_and(bits, mask, out=made)
+    np.copyto(marks, mask, casting="unsafe")
+
+
+def _kth_largest(keys: Array, k: int) -> Array:
+    """Of each row; keys are not negative, and used up."""
+    rows, width = keys.shape
+    run = 1 << max(6, (k - 1).bit_length())
+    if width <= RUN or run > RUN:
+        keys.partition(width - k, axis=-1)
+        return keys[:, width - k]
+    keys = np.pad(keys, ((0, 0), (0, -width % run)), constant_values=-1) if width % run else keys
+    runs = keys.reshape(rows, -1, run)
+    while runs.shape[1] > 1:
+        runs.sort(-1)
+        last = runs.shape[1] - 1
+        halves = np.maximum(runs[:, 0:last:2], runs[:, 1::2, ::-1])
+        runs = halves if last % 2 else np.concatenate([halves, runs[:, last:]], 1)
+    least: Array = runs[:, 0].min(-1) if k == run else np.partition(runs[:, 0], run - k, axis=-1)[:, run - k]
+    return least
+
+
+def _rows(x: Tensor) -> Array:
+    """The bits of x as integers, [row, last axis]."""
+    array: Array = x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize]).numpy()
+    return array.reshape(-1, x.shape[-1])
+
+
+def _pieces(array: Array) -> list[slice]:
+    step = max(1, PIECE // array.shape[1])
+    return [slice(at, at + step) for at in range(0, len(array), step)]
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+def _each(work: Callable[[Any], None], parts: Iterable[Any]) -> None:
+    """On as many threads as torch has: numpy lets go of the interpreter while it computes."""
+    threads = torch.get_num_threads()
+    for _ in map(work, parts) if threads == 1 else _pool(threads).map(work, parts):
+        pass
 
 
 # ---- weights ----
 
 
 def keep_weights(
-    weight: Float[Tensor, "row column"], k: int, per_neuron: int = 0, neurons: Literal["rows", "columns"] = "rows"
+    weight: Float[Tensor, "row column"], k: int, per_neuron: int = 0, neurons: Neurons = "rows"
 ) -> Bool[Tensor, "row column"]:
     """The k largest weights of a matrix, but at least `per_neuron` of every neuron; exactly k.
 
     Defined as published (Gao et al. 2025, appendix A.2): the largest of every neuron come first, then the others by
-    size. Found from the k largest of all: neurons that have too few get theirs, and as many others, the smallest of
-    neurons that have more than enough, go.
+    size.
 
     Raises UserError if every neuron's share does not fit into k.
     """
-    rows = weight.detach().abs()
-    rows = rows if neurons == "rows" else rows.T
-    per_neuron = min(per_neuron, rows.shape[1])
-    if per_neuron * len(rows) > k:
+    per_neuron = _checked(weight, k, per_neuron, neurons)
+    if weight.device.type != "cpu":
+        return _as_defined(weight, k, per_neuron, neurons)
+    bits = _rows(weight.detach().contiguous())
+    found = _search(bits, k, per_neuron, neurons)
+    kept = (bits & np.iinfo(bits.dtype).max) >= found.least
+    kept.reshape(-1)[found.without] = False
+    kept.reshape(-1)[found.besides] = True
+    return torch.from_numpy(kept)
+
+
+def drop_weights(weights: Iterable[tuple[Tensor, int, int, Neurons]]) -> None:
+    """Set to 0, in place, what `keep_weights` does not keep, of many matrices: its arguments for each."""
+    given = [(weight.detach(), k, _checked(weight, k, j, neurons), neurons) for weight, k, j, neurons in weights]
+    on_cpu = [one for one in given if one[0].device.type == "cpu" and one[0].is_contiguous()]
+    for one in given:
+        if not any(one is other for other in on_cpu):
+            one[0].mul_(keep_weights(*one))
+    _each(_drop_weights, on_cpu)
+
+
+def _drop_weights(one: tuple[Tensor, int, int, Neurons]) -> None:
+    weight, k, per_neuron, neurons = one
+    bits = _rows(weight)
+    found, flat = _search(bits, k, per_neuron, neurons), bits.reshape(-1)
+    besides = flat[found.besides]
+    for at in _pieces(bits):
+        np.bitwise_and(bits[at], _ones(bits[at], found.least), out=bits[at])
+    flat[found.without] = 0
+    flat[found.besides] = besides
+
+
+def _checked(weight: Tensor, k: int, per_neuron: int, neurons: Neurons) -> int:
+    n, inputs = weight.shape if neurons == "rows" else weight.T.shape
+    per_neuron = min(per_neuron, inputs)
+    if per_neuron * n > k:
         raise UserError(
-            f"{k} weights are too few for {per_neuron} of each of {len(rows)} neurons; lower the minimum per neuron to "
-            f"{k // len(rows)}, or keep a larger share."
+            f"{k} weights are too few for {per_neuron} of each of {n} neurons; lower the minimum per neuron to "
+            f"{k // n}, or keep a larger share."
         )
-    kept = _largest_of_all(rows, k)
-    count = kept.sum(1)
-    poor = count < per_neuron
-    if bool(poor.any()):
-        given = largest(rows[poor], per_neuron) & ~kept[poor]
-        kept[poor] |= given
-        _drop(kept, rows, count - per_neuron, int(given.sum()))
-    return kept if neurons == "rows" else kept.T
+    return per_neuron
 
 
-def _largest_of_all(size: Float[Tensor, "row column"], k: int) -> Bool[Tensor, "row column"]:
-    flat = size.flatten()
-    if k < len(flat) and len(flat) > 4 * SAMPLE:
-        # A bound that nearly surely lies below the k-th largest, so that few entries have to be looked at closely.
-        share = k / len(flat)
-        some = flat[:: len(flat) // SAMPLE]
-        wanted = min(1.0, share + 4 * (share * (1 - share) / len(some)) ** 0.5)
-        bound = _kth_largest(some[None], max(1, int(wanted * len(some))))[0, 0]
-        near = flat >= bound
-        if int(near.sum()) >= k:
-            kept = torch.zeros_like(flat, dtype=torch.bool)
-            kept[near] = largest(flat[near][None], k)[0]
-            return kept.view(size.shape)
-    return largest(flat[None], k)[0].view(size.shape)
+def _as_defined(weight: Tensor, k: int, per_neuron: int, neurons: Neurons) -> Tensor:
+    """On a GPU, for which nothing of this has to be waited for."""
+    size, along = weight.detach().abs(), 1 if neurons == "rows" else 0
+    if per_neuron:
+        size.scatter_(along, size.topk(per_neuron, dim=along).indices, torch.inf)
+    kept = torch.zeros(size.numel(), dtype=torch.bool, device=size.device)
+    return kept.scatter_(0, size.flatten().topk(min(k, len(kept)), sorted=False).indices, True).view(size.shape)
 
 
-def _drop(kept: Bool[Tensor, "row column"], size: Float[Tensor, "row column"], spare: Tensor, n: int) -> None:
-    """Take away the n smallest of what is kept, at most spare[row] of a row, in place."""
-    row, column = (kept & (spare > 0)[:, None]).nonzero().T
-    order = size[row, column].argsort(stable=True)
-    row, column = row[order], column[order]
-    by_row = row.argsort(stable=True)
-    start = torch.searchsorted(row[by_row], row[by_row])  # where its row begins
-    rank = torch.empty_like(row)
-    rank[by_row] = torch.arange(len(row), device=row.device) - start
-    may = (rank < spare[row]).nonzero()[:n, 0]
-    kept[row[may], column[may]] = False
+# ---- on a CPU: weights, as integers ----
+
+
+class _Found(NamedTuple):
+    """What is kept: all whose size is `least` or more, but without some, and some others besides; flat places."""
+
+    least: int
+    without: Array
+    besides: Array
+
+
+def _search(bits: Array, k: int, per_neuron: int, neurons: Neurons) -> _Found:
+    """From the k largest of all: neurons that have too few get theirs, and as many others, the smallest of neurons
+    that have more than enough, go."""
+    none = np.zeros(0, np.int64)
+    if k < 1:
+        return _Found(0, np.arange(bits.size), none)
+    least, above, equal = _threshold(bits.reshape(-1), k)
+    if not per_neuron:
+        return _Found(least, equal, none)
+    length = bits.shape[1]
+
+    def owner(places: Array) -> Array:
+        found: Array = places // length if neurons == "rows" else places % length
+        return found
+
+    counts = [-_ones(bits[at], least).sum(1 if neurons == "rows" else 0, dtype=np.int32) for at in _pieces(bits)]
+    count = np.concatenate(counts) if neurons == "rows" else np.sum(counts, axis=0)
+    np.subtract.at(count, owner(equal), 1)
+    poor = np.flatnonzero(count < per_neuron)
+    if not len(poor):
+        return _Found(least, equal, none)
+    sizes = (bits[poor] if neurons == "rows" else bits[:, poor].T) & np.iinfo(bits.dtype).max
+    others = np.where(sizes < least, sizes, -1)
+    missed = equal[np.isin(owner(equal), poor)]
+    others[np.searchsorted(poor, owner(missed)), missed % length if neurons == "rows" else missed // length] = least
+    given = []
+    for already in range(per_neuron):
+        needy = np.flatnonzero(count[poor] + already < per_neuron)
+        best = others[needy].argmax(1)
+        others[needy, best] = -1
+        given.append(poor[needy] * length + best if neurons == "rows" else best * length + poor[needy])
+    besides = np.concatenate(given)
+    spare = np.maximum(count - per_neuron, 0)
+    without = _smallest(above, owner, spare, len(besides))
+    if without is None:  # not among those near the threshold
+        flat = bits.reshape(-1) & np.iinfo(bits.dtype).max
+        places = np.setdiff1d(np.flatnonzero(flat >= least), equal, assume_unique=True)
+        without = _smallest((places, flat[places]), owner, spare, len(besides))
+        assert without is not None
+    return _Found(least, np.concatenate([equal, without]), besides)
+
+
+def _threshold(bits: Array, k: int) -> tuple[int, tuple[Array, Array], Array]:
+    """The size of the k-th largest; places and sizes of the smallest of the k largest, in order of place, at least one;
+    and places of others that are as large as the k-th."""
+    n, top = len(bits), np.iinfo(bits.dtype).max
+    low, high = _bracket(bits, k)
+    found, above = [], 0
+    for at in range(0, n, PIECE):
+        size = bits[at : at + PIECE] & top
+        over = size > high
+        above += int(np.count_nonzero(over))
+        near = np.flatnonzero((size >= low) ^ over)
+        found.append((near + at, size[near]))
+    places, sizes = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    if not 0 < k - above <= len(places):  # the sample misled
+        places, sizes, above = np.arange(n), bits & top, 0
+    at = len(places) - (k - above)
+    least = np.partition(sizes, at)[at]
+    kept = sizes >= least
+    equal = np.flatnonzero(sizes == least)
+    equal = equal[len(equal) - (np.count_nonzero(kept) - (k - above)) :]  # the last of them are left out
+    kept[equal] = False
+    return int(least), (places[kept], sizes[kept]), places[equal]
+
+
+def _ones(bits: Array, least: int | Array) -> Array:
+    """All bits set where the size is the least or more, else none."""
+    size = np.bitwise_and(bits, np.iinfo(bits.dtype).max)
+    np.subtract(least - 1, size, out=size)  # negative there
+    return np.right_shift(size, bits.dtype.itemsize * 8 - 1, out=size)
+
+
+def _bracket(bits: Array, k: int) -> tuple[int, int]:
+    """Two sizes between which the k-th largest nearly surely lies, by four standard deviations of a sample."""
+    n, top = len(bits), int(np.iinfo(bits.dtype).max)
+    some = bits[:: max(1, n // min(SAMPLE, n // 64 + 1)) | 1] & top  # odd, so that all columns are seen
+    share = k / n
+    slack = 4 * (len(some) * share * (1 - share)) ** 0.5 + 1
+    low, high = int(len(some) * (1 - share) - slack), int(len(some) * (1 - share) + slack) + 1
+    some.partition([max(0, low), min(high, len(some) - 1)])
+    return 1 if low < 0 else max(1, int(some[low])), top if high >= len(some) else int(some[high])
+
+
+def _smallest(of: tuple[Array, Array], owner: Callable[[Array], Array], spare: Array, n: int) -> Array | None:
+    """Of places and sizes, the n places of the smallest, but at most spare[neuron] of a neuron; None: not so many."""
+    places, sizes = of
+    tried = n
+    while tried < len(places):
+        tried = min(2 * tried + 64, len(places))
+        least = np.flatnonzero(sizes <= np.partition(sizes, tried - 1)[tried - 1])
+        least = least[sizes[least].argsort(kind="stable")]
+        mine = owner(places[least])
+        by_owner = mine.argsort(kind="stable")
+        rank = np.empty_like(mine)  # among those of its neuron
+        rank[by_owner] = np.arange(len(mine)) - np.searchsorted(mine[by_owner], mine[by_owner])
+        may: Array = places[least[rank < spare[mine]][:n]]
+        if len(may) == n:
+            return may
+    return None

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from circuits.sparse.data import TokenStream
 from circuits.sparse.model import SparseConfig, SparseTransformer
-from circuits.sparse.topk import keep_weights
+from circuits.sparse.topk import Neurons, drop_weights
 from workbench import runs
 from workbench.errors import UserError
 from workbench.models import LanguageModel
@@ -51,9 +51,6 @@ COUNTED = 1 << 20  # tokens whose neighbours fill the bigram table
 HELD_OUT = 256  # sequences on which training is evaluated
 CHECKPOINT = "checkpoint.safetensors"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
-
-Neurons = Literal["rows", "columns"]
 
 
 def matrices(module: SparseTransformer) -> Iterator[tuple[str, Tensor, Neurons | None, bool]]:
@@ -165,12 +162,12 @@ class Step:
 @torch.no_grad()
 def project(module: SparseTransformer, recipe: Recipe, step: Step) -> None:
     """Set all but the largest weights of each matrix to 0: exactly as many as the density says are left."""
+    given = []
     for _, weight, neurons, embedding in matrices(module):
-        density = step.embedding_density if embedding else step.density
-        k = int(density * weight.numel())
+        k = int((step.embedding_density if embedding else step.density) * weight.numel())
         if k < weight.numel():
-            kept = keep_weights(weight, k, recipe.per_neuron if neurons else 0, neurons or "rows")
-            weight.mul_(kept)
+            given.append((weight, k, recipe.per_neuron if neurons else 0, neurons or "rows"))
+    drop_weights(given)
 
 
 def bigram_logits(tokens: Int[Tensor, " pos"], vocab: int, smoothing: float = 0.1) -> Float[Tensor, "vocab vocab"]:
