@@ -38,6 +38,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
+from circuits.sparse import processes
 from circuits.sparse.data import TokenStream
 from circuits.sparse.model import SparseConfig, SparseTransformer
 from circuits.sparse.topk import Neurons, drop_weights
@@ -189,7 +190,10 @@ def loss_of(module: Callable[[Tensor], Any], rows: Int[Tensor, "batch pos"]) -> 
 
 
 class Optimiser:
-    """Adam with what a sparse model needs: normalised gradients before, projection and decay after."""
+    """Adam with what a sparse model needs: normalised gradients before, projection and decay after.
+
+    Among several processes the gradients of each are of its own rows, and a step is made by their mean.
+    """
 
     def __init__(self, module: SparseTransformer, recipe: Recipe):
         self.module, self.recipe = module, recipe
@@ -203,6 +207,7 @@ class Optimiser:
         """One update from the gradients that are there; `done` is the share of training behind."""
         step = Step.at(self.recipe, done)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        processes.average(gradients)
         size = sum(g.numel() for g in gradients)
         norm = torch.stack(torch._foreach_norm(gradients)).norm()
         if self.recipe.sparse:
@@ -259,13 +264,19 @@ class Trained:
 
 
 class Training:
-    """A run of training that can be stopped after any step and goes on bit for bit from its checkpoint."""
+    """A run of training that can be stopped after any step and goes on bit for bit from its checkpoint.
+
+    Also by several processes at once, as `torchrun` starts them: see `circuits.sparse.processes`.
+    """
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer, *, device: str = "cpu", folder: Path | None = None):
         """folder  where checkpoints are kept and looked for; None: nowhere
 
-        Raises UserError if the tokenizer has more tokens than the model, or a checkpoint is of another run.
+        Raises UserError if the tokenizer has more tokens than the model, a checkpoint is of another run, or the batch
+        cannot be shared out evenly among processes.
         """
+        processes.join(device)
+        processes.share(recipe.batch)
         size = tokenizer.get_vocab_size()
         if size > recipe.model.vocab_size:
             raise UserError(f"the tokenizer has {size} tokens, more than vocab_size={recipe.model.vocab_size}.")
@@ -295,22 +306,23 @@ class Training:
 
     def run(self, *, every: float = 60.0, clock: Callable[[], float] = time.perf_counter) -> Trained:
         """Train to the end; evaluate, and write a checkpoint, every so many seconds. At once if it is done already."""
-        recipe, started, before = self.recipe, clock(), self.seconds
+        started, before = clock(), self.seconds
         evaluated = before
         module = self.module.train()
-        rows = self.stream.batches(recipe.batch, recipe.length, start=self.steps)
-        with tqdm(total=1.0, initial=self.done, desc="sparse-train", disable=None, leave=False) as bar:
+        silent = processes.number() > 0 or None  # None: where nobody looks
+        with tqdm(total=1.0, initial=self.done, desc="sparse-train", disable=silent, leave=False) as bar:
             while self.done < 1:
-                loss = loss_of(module, next(rows).to(module.device))
+                loss = loss_of(module, self._rows().to(module.device))
                 loss.backward()
                 step = self.optimiser.step(self.done)
                 self.steps += 1
-                self.seconds = before + clock() - started
+                self.seconds = processes.first(before + clock() - started)
                 bar.update(self.done - bar.n)
                 if self.seconds - evaluated >= every or self.done >= 1:
                     evaluated = self.seconds
-                    self._evaluate(float(loss.detach()), step)
-                    self._checkpoint()
+                    self._evaluate(loss.detach(), step)
+                    if processes.number() == 0:
+                        self._checkpoint()
         return Trained(module, self.stream.tokenizer, self.curve, self.about())
 
     def about(self) -> dict[str, Any]:
@@ -318,12 +330,19 @@ class Training:
         last = self.curve[-1]
         return self.identity | {"reached": last, "weights": nonzero(self.module), "environment": runs.environment()}
 
-    def _evaluate(self, loss: float, step: Step) -> None:
-        found = {
-            f"held_out_{name}" if name == "loss" else name: x for name, x in health(self.module, self.held_out).items()
-        }
+    def _rows(self) -> Int[Tensor, "batch pos"]:
+        """This process's rows of the next batch, which is the same for any number of processes."""
+        length, share = self.recipe.length, processes.share(self.recipe.batch)
+        start = self.steps * self.recipe.batch + processes.number() * share
+        return self.stream.read(start * length, share * length).view(share, length)
+
+    def _evaluate(self, loss: Tensor, step: Step) -> None:
+        processes.same(self.optimiser.parameters)
+        processes.average([loss])
+        found = health(self.module, self.held_out) if processes.number() == 0 else {}
+        found = {f"held_out_{name}" if name == "loss" else name: x for name, x in processes.first(found).items()}
         tokens = self.steps * self.recipe.batch * self.recipe.length
-        row = {"step": self.steps, "tokens": tokens, "seconds": round(self.seconds, 1), "loss": loss, **found}
+        row = {"step": self.steps, "tokens": tokens, "seconds": round(self.seconds, 1), "loss": float(loss), **found}
         self.curve.append(row | {"density": step.density, "lr": step.lr})
 
     def _checkpoint(self) -> None:
