@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from circuits.sparse.channels import Channels, Fill
@@ -63,7 +63,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.tokens) // 2
 
-    def partner(self, x: Float[Tensor, "prompt *rest"]) -> Float[Tensor, "prompt *rest"]:
+    def partner(self, x: Shaped[Tensor, "prompt *rest"]) -> Shaped[Tensor, "prompt *rest"]:
         """What belongs to the other prompt of each pair."""
         return x.roll(len(self), 0)
 

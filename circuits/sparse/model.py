@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -192,10 +192,17 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], positions: Float[Tensor, "pos d_pos"] | None
     ) -> Float[Tensor, "batch pos d_model"]:
-        p1, p2 = (None, None) if positions is None else (self.ln_p1(positions), self.ln_p2(positions))
-        x = x + self.attn(self.ln_1(x), p1)
-        x = x + self.mlp(self.ln_2(x), p2)
-        return x
+        return self.sublayer(1, self.sublayer(0, x, positions), positions)
+
+    def sublayer(
+        self, which: int, x: Float[Tensor, "batch pos d_model"], positions: Float[Tensor, "pos d_pos"] | None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after attention (0) or the MLP (1)."""
+        if which == 0:
+            out: Tensor = self.attn(self.ln_1(x), None if positions is None else self.ln_p1(positions))
+        else:
+            out = self.mlp(self.ln_2(x), None if positions is None else self.ln_p2(positions))
+        return x + out
 
     def between(self) -> dict[str, str]:
         """What lies between the residual stream and the heads or neurons, beside norms and projections."""
@@ -249,20 +256,41 @@ class Stack(nn.Module):
         use_cache: bool = False,
     ) -> Hidden:
         """position_ids  of the tokens, if they are not the first ones"""
-        x, positions = self.wte(tokens), None
-        if self.wpe is not None:
-            at = torch.arange(tokens.shape[1], device=tokens.device) if position_ids is None else position_ids
-            found = self.wpe(at)
-            if self.config.d_pos_emb is None:
-                x = x + found
-            else:
-                positions = found if found.ndim == 2 else found[0]
+        x, positions = self.embed(tokens, position_ids)
         before = []
         for block in self.h:
             before.append(x)
             x = block(x, positions)
         x = self.ln_f(x)
         return Hidden(x, (*before, x) if output_hidden_states else None)
+
+    def embed(
+        self, tokens: Int[Tensor, "batch pos"], position_ids: Tensor | None = None
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "pos d_pos"] | None]:
+        """The residual stream before the first block, and the position channels where there are any."""
+        x = self.wte(tokens)
+        if self.wpe is None:
+            return x, None
+        at = torch.arange(tokens.shape[1], device=tokens.device) if position_ids is None else position_ids
+        found = self.wpe(at)
+        if self.config.d_pos_emb is None:
+            return x + found, None
+        return x, found if found.ndim == 2 else found[0]
+
+    def streams(self, tokens: Int[Tensor, "batch pos"]) -> list[Float[Tensor, "batch pos d_model"]]:
+        """The residual stream at every boundary between sublayers: before each attention (2 layer), before each MLP
+        (2 layer + 1), and after the last (2 n_layer)."""
+        x, positions = self.embed(tokens)
+        found = [x]
+        for i in range(2 * len(self.h)):
+            found.append(self.sublayer(i, found[-1], positions))
+        return found
+
+    def sublayer(
+        self, boundary: int, x: Float[Tensor, "batch pos d_model"], positions: Float[Tensor, "pos d_pos"] | None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """From one boundary to the next."""
+        return cast(Block, self.h[boundary // 2]).sublayer(boundary % 2, x, positions)
 
 
 class SparseTransformer(nn.Module):
@@ -302,10 +330,21 @@ class SparseTransformer(nn.Module):
     ) -> Output:
         """`use_cache` is taken from callers of the library's models, and nothing is cached."""
         hidden = self.transformer(tokens, output_hidden_states=output_hidden_states)
-        logits = self.lm_head(hidden.last_hidden_state)
-        if self.bigram_table is not None:
-            logits = logits + self.bigram_table[tokens]
-        return Output(logits, hidden.hidden_states)
+        return Output(self._unembed(hidden.last_hidden_state, tokens), hidden.hidden_states)
+
+    def run_from(
+        self, boundary: int, stream: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos vocab"]:
+        """Logits, from the residual stream at a boundary (see `Stack.streams`) on."""
+        stack = self.transformer
+        positions = None if self.config.d_pos_emb is None else stack.embed(tokens)[1]
+        for i in range(boundary, 2 * len(stack.h)):
+            stream = stack.sublayer(i, stream, positions)
+        return self._unembed(stack.ln_f(stream), tokens)
+
+    def _unembed(self, normed: Tensor, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(normed)
+        return logits if self.bigram_table is None else logits + self.bigram_table[tokens]
 
     @property
     def base_model(self) -> Stack:

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from circuits.sparse import processes
@@ -145,19 +145,23 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Step:
-    """Where training stands: lr and densities at a share of it that is done."""
+    """Where training stands: lr and densities at a share of it that is done; annealed: densities are final at once."""
 
     lr: float
     density: float
     embedding_density: float
 
     @classmethod
-    def at(cls, recipe: Recipe, done: float) -> Step:
-        anneal = min(1.0, max(0.0, (done - WARMUP) / (ANNEALED - WARMUP)))
+    def at(cls, recipe: Recipe, done: float, annealed: bool = False) -> Step:
+        anneal = 1.0 if annealed else min(1.0, max(0.0, (done - WARMUP) / (ANNEALED - WARMUP)))
         density, embedding = (1 + anneal * (end - 1) for end in (recipe.density, recipe.embedding_density))
-        ramp = done / WARMUP if done < WARMUP else (1 - done) / (1 - WARMUP)
         lr = recipe.lr if recipe.lr is not None else 0.0256 if recipe.sparse else 0.003
-        return cls(lr * ramp * math.sqrt(recipe.density / density), density, embedding)
+        return cls(lr * ramp(done) * math.sqrt(recipe.density / density), density, embedding)
+
+
+def ramp(done: float) -> float:
+    """The share of the full rate at a share of training: up for the first 1 %, then linearly to 0."""
+    return done / WARMUP if done < WARMUP else (1 - done) / (1 - WARMUP)
 
 
 @torch.no_grad()
@@ -197,6 +201,7 @@ class Optimiser:
 
     def __init__(self, module: SparseTransformer, recipe: Recipe):
         self.module, self.recipe = module, recipe
+        self.annealed = False  # whether the module is sparse from the start
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         eps = recipe.eps if recipe.eps is not None else 0.1 if recipe.sparse else 1e-8
         fused = self.parameters[0].device.type in ("cpu", "cuda")
@@ -205,7 +210,7 @@ class Optimiser:
 
     def step(self, done: float) -> Step:
         """One update from the gradients that are there; `done` is the share of training behind."""
-        step = Step.at(self.recipe, done)
+        step = Step.at(self.recipe, done, self.annealed)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         processes.average(gradients)
         size = sum(g.numel() for g in gradients)
@@ -263,10 +268,19 @@ class Trained:
     about: dict[str, Any]
 
 
+class Part(NamedTuple):
+    """A module that is trained: its checkpoint holds its weights, and the moments of these parameters."""
+
+    module: nn.Module
+    parameters: list[nn.Parameter]
+    adam: torch.optim.Adam
+
+
 class Training:
     """A run of training that can be stopped after any step and goes on bit for bit from its checkpoint.
 
     Also by several processes at once, as `torchrun` starts them: see `circuits.sparse.processes`.
+    What trains more than a model, or by another loss, is a subclass: `_prepare`, `_update` and `_measure` are its own.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer, *, device: str = "cpu", folder: Path | None = None):
@@ -290,9 +304,10 @@ class Training:
             self.module.bigram_table.data.copy_(table)
         self.module.to(device)
         self.optimiser = Optimiser(self.module, recipe)
+        self.parts = {"": Part(self.module, self.optimiser.parameters, self.optimiser.adam)}  # by prefix in checkpoints
         self.steps, self.seconds = 0, 0.0
         self.curve: list[dict[str, int | float]] = []
-        self.identity = {"recipe": recipe.to_json(), "stream": self.stream.fingerprint}
+        self.identity = {"recipe": recipe.to_json(), "stream": self.stream.fingerprint} | self._prepare()
         if folder is not None and (folder / CHECKPOINT).is_file():
             self._resume(folder / CHECKPOINT)
 
@@ -312,18 +327,30 @@ class Training:
         silent = processes.number() > 0 or None  # None: where nobody looks
         with tqdm(total=1.0, initial=self.done, desc="sparse-train", disable=silent, leave=False) as bar:
             while self.done < 1:
-                loss = loss_of(module, self._rows().to(module.device))
-                loss.backward()
-                step = self.optimiser.step(self.done)
+                loss, step = self._update(self._rows().to(module.device))
                 self.steps += 1
                 self.seconds = processes.first(before + clock() - started)
                 bar.update(self.done - bar.n)
                 if self.seconds - evaluated >= every or self.done >= 1:
                     evaluated = self.seconds
-                    self._evaluate(loss.detach(), step)
+                    self._evaluate(loss, step)
                     if processes.number() == 0:
                         self._checkpoint()
         return Trained(module, self.stream.tokenizer, self.curve, self.about())
+
+    def _prepare(self) -> dict[str, Any]:
+        """Add parts, before a checkpoint is read; returns what tells one run from another."""
+        return {}
+
+    def _update(self, rows: Int[Tensor, "batch pos"]) -> tuple[Float[Tensor, ""], Step]:
+        """One step on some rows: its loss, and where training stood."""
+        loss = loss_of(self.module, rows)
+        loss.backward()
+        return loss.detach(), self.optimiser.step(self.done)
+
+    def _measure(self) -> dict[str, float]:
+        """What an evaluation finds on rows that are held out."""
+        return health(self.module, self.held_out)
 
     def about(self) -> dict[str, Any]:
         """How the model was made: recipe, data, machine, what was reached."""
@@ -339,7 +366,7 @@ class Training:
     def _evaluate(self, loss: Tensor, step: Step) -> None:
         processes.same(self.optimiser.parameters)
         processes.average([loss])
-        found = health(self.module, self.held_out) if processes.number() == 0 else {}
+        found = self._measure() if processes.number() == 0 else {}
         found = {f"held_out_{name}" if name == "loss" else name: x for name, x in processes.first(found).items()}
         tokens = self.steps * self.recipe.batch * self.recipe.length
         row = {"step": self.steps, "tokens": tokens, "seconds": round(self.seconds, 1), "loss": float(loss), **found}
@@ -349,10 +376,11 @@ class Training:
         """Weights and moments; written aside and renamed, so that a kill leaves the last one whole."""
         if self.folder is None:
             return
-        state = {f"weight.{name}": x for name, x in self.module.state_dict().items()}
-        for i, p in enumerate(self.optimiser.parameters):
-            moments = self.optimiser.adam.state[p]
-            state |= {f"moment.{i}.{name}": moments[name] for name in MOMENTS}
+        state: dict[str, Tensor] = {}
+        for prefix, part in self.parts.items():
+            state |= {f"{prefix}weight.{name}": x for name, x in part.module.state_dict().items()}
+            for i, p in enumerate(part.parameters):
+                state |= {f"{prefix}moment.{i}.{name}": part.adam.state[p][name] for name in MOMENTS}
         about = {"identity": self.identity, "steps": self.steps, "seconds": self.seconds, "curve": self.curve}
         self.folder.mkdir(parents=True, exist_ok=True)
         aside = self.folder / f".{CHECKPOINT}"
@@ -370,8 +398,10 @@ class Training:
         if about["identity"] != json.loads(json.dumps(self.identity)):
             raise UserError(f"{path} is of another recipe, tokenizer or library; give another folder.")
         with torch.no_grad():
-            for name, x in self.module.state_dict().items():
-                x.copy_(state[f"weight.{name}"])
-            for i, p in enumerate(self.optimiser.parameters):
-                self.optimiser.adam.state[p] = {name: state[f"moment.{i}.{name}"].to(p.device) for name in MOMENTS}
+            for prefix, part in self.parts.items():
+                for name, x in part.module.state_dict().items():
+                    x.copy_(state[f"{prefix}weight.{name}"])
+                for i, p in enumerate(part.parameters):
+                    moments = {name: state[f"{prefix}moment.{i}.{name}"] for name in MOMENTS}
+                    part.adam.state[p] = {name: x.to(p.device) for name, x in moments.items()}
         self.steps, self.seconds, self.curve = about["steps"], about["seconds"], about["curve"]
