@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -288,8 +289,15 @@ def test_a_killed_run_goes_on_bit_for_bit(bpe: Tokenizer, dense: LanguageModel, 
     assert {k: x for k, x in again.curve[-1].items() if k != "seconds"} == {
         k: x for k, x in curve[-1].items() if k != "seconds"
     }
-    with pytest.raises(UserError, match="of another recipe"):
-        BridgeTraining(RECIPE, bpe, dense, Coupling(nmse=0.5), folder=tmp_path)
+    other = language_model(dense._module, dense.tokenizer, "other")
+    start = language_model(copy.deepcopy(whole.module), dense.tokenizer)
+    for training_of_another in (
+        partial(BridgeTraining, RECIPE, bpe, dense, Coupling(nmse=0.5)),
+        partial(BridgeTraining, RECIPE, bpe, other, c),
+        partial(BridgeTraining, RECIPE, bpe, dense, c, start=start),
+    ):
+        with pytest.raises(UserError, match="of another recipe"):
+            training_of_another(folder=tmp_path)
     with pytest.raises(UserError, match="of another recipe"):
         Training(RECIPE, bpe, folder=tmp_path)
 
