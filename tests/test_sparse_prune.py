@@ -117,6 +117,27 @@ def test_one_channel_is_one_coordinate_at_its_hook_point(model: LanguageModel) -
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("ablation", ["zero", "resample"])
+@pytest.mark.parametrize("freeze", [False, True])
+def test_some_of_the_pairs_are_those_rows_of_all(ablation: module.Ablated, freeze: bool, model: LanguageModel) -> None:
+    """Also of prompts whose filling up at the end is cut off."""
+    batch, some = pairs(model, "class_init")
+    assert len({len(x) for x in batch.clean}) > 1
+    channels = Channels(model)
+    masked = Masked(channels, some, fills(channels, some, ablation), freeze)
+    mask = (torch.rand(len(channels), generator=rng()) < 0.7).float()
+    whole = masked.odds(mask)
+    parts = masked.parts(3, rng())
+    assert [len(part.pairs) for part in parts] == [3, 3, 2]
+    assert min(part.pairs.tokens.shape[1] for part in parts) < some.tokens.shape[1]
+    found = []
+    for part in parts:
+        rows = [(some.tokens[:, : row.shape[0]] == row).all(1).nonzero()[0, 0] for row in part.pairs.tokens]
+        torch.testing.assert_close(part.odds(mask), whole[torch.stack(rows)], rtol=1e-4, atol=1e-4)
+        found += [int(row) for row in rows]
+    assert sorted(found) == list(range(2 * N))
+
+
 def test_fills_of_the_task_leave_out_what_fills_prompts_up_and_resampling_takes_the_other_prompt(
     model: LanguageModel,
 ) -> None:

@@ -26,6 +26,7 @@ from workbench.errors import UserError
 CALIBRATIONS = ("refitted", "plain", "scaled")
 SHARES = (0.25, 0.5, 0.75)
 ADVERSARY = Settings(k_coef=0.0, lr=3e-2, steps=60, decay=0.0)
+SOUGHT_ON = 32  # pairs on which the adversary seeks
 Parts = Sequence[tuple[Int[Tensor, " _"], int]]  # channels, and how many of them are to be ablated
 
 
@@ -86,8 +87,8 @@ class Subsets:
 
     shares       of the other channels that are ablated
     complete     the same three with all of them ablated, and `accuracy`, refitted
-    adversary    the channels of a subset that was learned to make the refitted loss large on the pairs that the circuit
-                 was found on; adversarial: what is lost by it
+    adversary    the channels of a subset that was learned to make the refitted loss large on some of the pairs that
+                 the circuit was found on (SOUGHT_ON); adversarial: what is lost by it
     """
 
     shares: tuple[float, ...]
@@ -168,7 +169,8 @@ def subsets(
         part = [(outside, round(share * len(outside)))]
         rows += [_losses(question, found, _without(n, part, generator) == 0) for _ in range(draws)]
     tables = {name: torch.tensor([row[name] for row in rows]).view(-1, draws) for name in CALIBRATIONS}
-    adversary = _adversary(question.find, found, settings, seed)
+    find = question.find.part(torch.arange(min(SOUGHT_ON, len(question.find.pairs))))
+    adversary = _adversary(find, found, settings, seed)
     return Subsets(
         tuple(shares), **tables, complete=_losses(question, found, ~found.kept), adversary=adversary,
         adversarial=_losses(question, found, adversary),

@@ -63,6 +63,14 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.tokens) // 2
 
+    def part(self, pairs: Int[Tensor, " pair"]) -> Pairs:
+        """Some of the pairs, without positions that none of their prompts has."""
+        rows = torch.cat([pairs, pairs + len(self)])
+        last = self.last[rows]
+        one, two = (tuple(answers[i] for i in rows.tolist()) for answers in (self.one, self.two))
+        tokens = self.tokens[rows, : int(last.max()) + 1]
+        return Pairs(self.task, tokens, last, one, two, self.is_one[rows])
+
     def partner(self, x: Shaped[Tensor, "prompt *rest"]) -> Shaped[Tensor, "prompt *rest"]:
         """What belongs to the other prompt of each pair."""
         return x.roll(len(self), 0)
@@ -91,7 +99,7 @@ class Masked:
     """
 
     def __init__(self, channels: Channels, pairs: Pairs, fill: Fill, freeze_norms: bool = False):
-        self.channels, self.pairs, self.fill = channels, pairs, fill
+        self.channels, self.pairs, self.fill, self.freeze_norms = channels, pairs, fill, freeze_norms
         self.model = frozen_norms(channels.model, pairs.tokens) if freeze_norms else channels.model
 
     def odds(self, mask: Float[Tensor, " channel"], *, grad: bool = False) -> Float[Tensor, " prompt"]:
@@ -101,6 +109,19 @@ class Masked:
         logits = self.model.run(pairs.tokens, edit=edit, grad=grad).logits
         assert logits is not None
         return pairs.differences(logits[torch.arange(len(logits)), pairs.last].float())
+
+    def part(self, pairs: Int[Tensor, " pair"]) -> Masked:
+        """The same on some of the pairs."""
+        some, fill = self.pairs.part(pairs), dict(self.fill)
+        for hook, x in self.fill.items():
+            if x.ndim > 2:  # has a value for each prompt and position, not for each channel alone
+                fill[hook] = x[torch.cat([pairs, pairs + len(self.pairs)]), : some.tokens.shape[1]]
+        return Masked(self.channels, some, fill, self.freeze_norms)
+
+    def parts(self, n: int, generator: torch.Generator) -> list[Masked]:
+        """All pairs, at most n at a time, in a random order."""
+        order = torch.randperm(len(self.pairs), generator=generator)
+        return [self.part(pairs) for pairs in order.split(n)]
 
     def mislabelled(self, generator: torch.Generator) -> Masked:
         """The same runs on labels that mean nothing."""

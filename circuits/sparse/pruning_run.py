@@ -52,7 +52,7 @@ class SparseCircuit:
         return out
 
 
-@analysis("sparse-prune", n=64, model="sparse-tiny", task="single_double_quote")
+@analysis("sparse-prune", n=128, model="sparse-tiny", task="single_double_quote")
 def sparse_prune(
     model: LanguageModel,
     batch: Batch,
@@ -62,7 +62,7 @@ def sparse_prune(
     target: float = 0.15,
     ablation: Ablated = "mean",
     freeze_norms: bool = False,
-    settings: int = len(SEARCH),
+    settings: int = 2,
     steps: int = Settings.steps,
     controls: bool = True,
     real: float | None = None,
@@ -167,7 +167,7 @@ def sparse_tasks(
     seed: int,
     *,
     tasks: str = "all",
-    pairs: int = 64,
+    pairs: int = 128,
     target: float = 0.15,
     ablation: Ablated = "mean",
     settings: int = 2,
