@@ -152,15 +152,32 @@ def test_a_circuit_is_judged_by_other_fills_and_with_norms_frozen_too() -> None:
     found = named(question, TRUE)
     elsewhere = sufficiency(question, found).elsewhere
     assert elsewhere.keys() == {"task-mean", "resample", "frozen norms"}
-    assert elsewhere["task-mean"] == pytest.approx(found.held_out, abs=0.02)
-    assert elsewhere["resample"] > 0.6  # the twin says the opposite, as loudly
+    assert elsewhere["task-mean"]["circuit"] == pytest.approx(found.held_out, abs=0.02)
+    assert elsewhere["resample"]["circuit"] > 0.6  # the twin says the opposite, as loudly
     frozen = question.varied(freeze_norms=True)
     scale = calibrated(frozen.find.odds(found.kept.float()), frozen.find.pairs)
-    assert elsewhere["frozen norms"] == pytest.approx(frozen.judge.loss(found.kept.float(), scale))
+    expected = frozen.judge.loss(found.kept.float(), scale)
+    assert elsewhere["frozen norms"]["circuit"] == pytest.approx(expected)
     assert "frozen norms" not in sufficiency(frozen, found).elsewhere
     stream = torch.randint(8, (4, 10), generator=rng())
     model, some = question.find.channels.model, question.find.pairs
     assert "mean" in sufficiency(Question.of(model, some, some, stream, ablation="zero"), found).elsewhere
+
+
+def test_nothing_is_at_chance_but_for_norms_that_are_frozen() -> None:
+    """One class makes the residual stream larger than the other, so that the last norm makes a constant of the stream
+    smaller: its scale alone tells the classes apart."""
+    model, some = by_hand()
+    module = module_of(model)
+    module.transformer.h[1].mlp.c_proj.weight[3, 20] = 30  # loud for A alone
+    module.transformer.wte.weight[:, 7] = -1.0  # an answer that no channel carries, and that noise drowns
+    question = asked(model, some)
+    result = sufficiency(question, named(question, TRUE))
+    assert result.nothing == pytest.approx(LN2, abs=1e-4)
+    assert result.elsewhere["task-mean"]["nothing"] == pytest.approx(LN2, abs=1e-4)
+    assert result.elsewhere["frozen norms"]["nothing"] < 0.6
+    frozen = question.varied(freeze_norms=True)
+    assert sufficiency(frozen, named(frozen, TRUE)).nothing == result.elsewhere["frozen norms"]["nothing"]
 
 
 def test_saboteurs_that_cancel_are_found_by_subsets_and_by_the_adversary() -> None:

@@ -37,15 +37,28 @@ Parts = Sequence[tuple[Int[Tensor, " _"], int]]  # channels, and how many of the
 class Sufficiency:
     """The circuit alone, scaled, and the whole model: losses, and shares of prompts answered right.
 
-    elsewhere  the circuit's loss with everything else at other fills, and with norms frozen ("frozen norms"); scale and
-               shift are fitted to each on the pairs the circuit was found on
+    nothing    loss with every channel ablated, scale and shift fitted on the pairs the circuit was found on: ln 2, or
+               the circuit is praised for what reaches the logits without it (fills that differ between prompts, and
+               above all frozen norms, whose scales tell what the whole model has made of the prompt)
+    elsewhere  losses of the circuit and of nothing with other fills, and with norms frozen ("frozen norms"); scale and
+               shift are fitted to each
     """
 
     loss: float
     accuracy: float
     whole: float
     whole_accuracy: float
-    elsewhere: dict[str, float]
+    nothing: float
+    elsewhere: dict[str, dict[str, float]]
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "held_out_loss": round(self.loss, 4),
+            "accuracy": round(self.accuracy, 4),
+            "whole_model_loss": round(self.whole, 4),
+            "nothing": round(self.nothing, 4),
+            "elsewhere": {name: [round(x, 4) for x in both.values()] for name, both in self.elsewhere.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -121,13 +134,25 @@ def sufficiency(question: Question, found: Pruned) -> Sufficiency:
         others.pop("mean", None)
     if not question.freeze_norms:
         others["frozen norms"] = {"freeze_norms": True}
-    elsewhere = {}
+    nothing, elsewhere = torch.zeros_like(mask), {}
     for name, options in others.items():
         other = question.varied(**options)
-        elsewhere[name] = other.judge.loss(mask, calibrated(other.find.odds(mask), other.find.pairs))
+        elsewhere[name] = {"circuit": _refitted(other, mask), "nothing": _refitted(other, nothing)}
     alone, whole = (question.judge.odds(x) for x in (mask, torch.ones_like(mask)))
     alone = rescaled(alone, question.judge.pairs, found.scale)
-    return Sufficiency(float(loss(alone)), accuracy(alone), float(loss(whole)), accuracy(whole), elsewhere)
+    return Sufficiency(
+        float(loss(alone)),
+        accuracy(alone),
+        float(loss(whole)),
+        accuracy(whole),
+        _refitted(question, nothing),
+        elsewhere,
+    )
+
+
+def _refitted(question: Question, mask: Float[Tensor, " channel"]) -> float:
+    """Loss with scale and shift fitted on the pairs that circuits are found on."""
+    return question.judge.loss(mask, calibrated(question.find.odds(mask), question.find.pairs))
 
 
 def necessity(question: Question, kept: Bool[Tensor, " channel"], *, draws: int = 20, seed: int = 0) -> Necessity:

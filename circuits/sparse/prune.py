@@ -340,7 +340,8 @@ def prune(
 
     train, test   pairs to find the circuit on, and to judge it; no text in both
     stream        tokens of the training stream, for mean ablation
-    freeze_norms  RMSNorms divide by what they divide by in the whole model on the same prompt
+    freeze_norms  RMSNorms divide by what they divide by in the whole model on the same prompt, which tells of the
+                  answer by itself: compare with the loss of nothing (`circuits.sparse.validate`)
     without       channels that are held at their fill: the circuit must do without them
 
     Raises UserError if train and test share a prompt, or if no setting meets the target.

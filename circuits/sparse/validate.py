@@ -125,12 +125,8 @@ class Validation:
     definition: str
 
     def summary(self) -> dict[str, Any]:
-        s = self.sufficiency
         return {
-            "held_out_loss": round(s.loss, 4),
-            "accuracy": round(s.accuracy, 4),
-            "whole_model_loss": round(s.whole, 4),
-            "elsewhere": {name: round(value, 4) for name, value in s.elsewhere.items()},
+            **self.sufficiency.summary(),
             "loss_more_without": self.necessity.summary(),
             "subsets_ablated": self.subsets.summary(),
             "nonsense": self.nonsense.summary(),

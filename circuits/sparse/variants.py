@@ -2,7 +2,9 @@
 
 frozen norms      RMSNorms divide by what they divide by on some prompts when nothing is masked. Otherwise a channel
                   that is masked changes the scale of all others, which pruning can make use of: what is left of the
-                  model is louder, for no reason that has to do with the task (an option of Drori 2026).
+                  model is louder, for no reason that has to do with the task (an option of Drori 2026). A trap: frozen
+                  scales tell prompts apart by what the whole model makes of them. With scale and shift fitted, no
+                  channels at all can be a circuit; see `Sufficiency.nothing`.
 shuffled weights  each matrix with its weights in other places: as sparse, as large, and without any structure. Whatever
                   pruning finds there, it has made itself.
 """
