@@ -574,9 +574,14 @@ def test_a_dose_response_is_what_editing_one_prompt_at_a_time_gives(quotes: tupl
     one = dose_response(bridged, pairs, found.controls[0], strengths=(0.0, 0.7), controls=0)
     torch.testing.assert_close(one.mean, found.control[0], rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(one.sizes[0], found.sizes[1])
+    scale = float(found.sizes[0] / found.sizes[1])  # at equal size, a control is itself at another strength
+    again = dose_response(bridged, pairs, found.controls[0], strengths=(0.0, 0.7 * scale), controls=0)
+    torch.testing.assert_close(again.mean, found.matched[0], rtol=1e-4, atol=1e-7)
+    assert scale != pytest.approx(1, abs=0.01)
     assert bool(one.band().isnan().all()) and one.summary()["n_controls"] == 0
     low, high = found.band(0.0, 1.0)
     assert torch.equal(low, found.control.amin(0)) and torch.equal(high, found.control.amax(0))
+    assert torch.equal(found.band(0.0, 1.0, matched=True)[1], found.matched.amax(0))
 
 
 def test_the_channel_that_decides_is_the_strongest_of_all_and_controls_do_nothing() -> None:

@@ -8,7 +8,8 @@ is added to the dense model's stream at the same boundary (Gao et al. 2025, sect
 the direction stands for exactly what the sublayer would read if the norm's scale stayed as it is.
 
 A probability that rises with the strength proves little by itself: whatever is added to a model may raise it. The same
-is therefore done with other channels of the same site, drawn from those that differ between the prompts at all.
+is therefore done with other channels of the same site, drawn from those that differ between the prompts at all; and
+once more with what they add scaled to the size of what the channel adds, as most of them differ by less.
 """
 
 from __future__ import annotations
@@ -198,8 +199,9 @@ class DoseResponse:
     probability    [strength, prompt], both prompts of each pair; towards_one: whether class 1's answer is the
                    counterfactual one
     goal           the same on the counterfactual prompt itself, unedited
-    controls       other channels of the site, drawn from those that differ; control: [channel, strength], their means
-    strongest      of all these channels the one whose mean rises most, over all strengths
+    controls       other channels of the site, drawn from those that differ; control: [channel, strength], their means;
+                   matched: these with what is added scaled to the size of what the node adds
+    strongest      of the node and the controls as they are, the one whose mean rises most, over all strengths
     sizes          of the node and the controls: norm of what is added at strength 1, over that of the stream
     sparse         the sparse model's mean probability of the counterfactual answer, before and after this channel alone
                    is exchanged in it
@@ -214,6 +216,7 @@ class DoseResponse:
     goal: Float[Tensor, " prompt"]
     controls: tuple[str, ...]
     control: Float[Tensor, "channel strength"]
+    matched: Float[Tensor, "channel strength"]
     strongest: str
     sizes: Float[Tensor, " node"]
     sparse: tuple[float, float]
@@ -222,22 +225,19 @@ class DoseResponse:
     def mean(self) -> Float[Tensor, " strength"]:
         return self.probability.mean(1)
 
-    def band(self, low: float = 0.05, high: float = 0.95) -> Float[Tensor, "bound strength"]:
+    def band(self, low: float = 0.05, high: float = 0.95, *, matched: bool = False) -> Float[Tensor, "bound strength"]:
         """Quantiles of the controls' means at each strength; NaN without controls."""
         if not self.controls:
             return torch.full((2, len(self.strengths)), torch.nan)
-        return self.control.quantile(torch.tensor([low, high]), dim=0)
+        return (self.matched if matched else self.control).quantile(torch.tensor([low, high]), dim=0)
 
     def summary(self) -> dict[str, Any]:
-        low, high = self.band()
         found: dict[str, Any] = {"node": self.node, "strengths": list(self.strengths)}
         found["probability"] = _rounded(self.mean)
-        if self.controls:
-            found |= {
-                "control_mean": _rounded(self.control.mean(0)),
-                "control_5_percent": _rounded(low),
-                "control_95_percent": _rounded(high),
-            }
+        for name, means in (("control", self.control), ("matched_control", self.matched)) if self.controls else ():
+            low, high = self.band(matched=means is self.matched)
+            found |= {f"{name}_mean": _rounded(means.mean(0))}
+            found |= {f"{name}_5_percent": _rounded(low), f"{name}_95_percent": _rounded(high)}
         return found | {
             "on_the_counterfactual_prompt": round(float(self.goal.mean()), 4),
             "strongest": self.strongest,
@@ -277,25 +277,30 @@ def dose_response(
     )
     names = (node, *(read.channel(i) for i in sorted(others)))
 
-    def curve(name: str) -> Float[Tensor, "strength prompt"]:
-        added = direction(bridged, name, shift)
+    stream = bridged.dense.run(pairs.tokens, capture=[read.stream], logits="none")[read.stream]
+    whole = (stream * asked.to(stream.device)).norm()
+    sizes = torch.stack([direction(bridged, name, shift).norm() / whole for name in names]).cpu()
+
+    def curve(name: str, scale: float = 1.0) -> Float[Tensor, "strength prompt"]:
+        added = direction(bridged, name, shift) * scale
         edits = [{read.stream: steer(added, float(s))} for s in strengths]
         return torch.stack([_probability(pairs, _last(bridged.dense, pairs, edit), towards_one) for edit in edits])
 
     curves = torch.stack([curve(name) for name in names])
+    scales = torch.where(sizes[1:] > 0, sizes[0] / sizes[1:], 0).tolist()  # what adds nothing cannot be scaled
+    matched = [curve(name, scale).mean(1) for name, scale in zip(names[1:], scales, strict=True)]
     plain = _last(bridged.dense, pairs)
     rise = curves.mean(2).amax(1) - _probability(pairs, plain, towards_one).mean()
     goal = pairs.partner(_probability(pairs, plain, pairs.is_one))
-    stream = bridged.dense.run(pairs.tokens, capture=[read.stream], logits="none")[read.stream]
-    whole = (stream * asked.to(stream.device)).norm()
-    sizes = torch.stack([direction(bridged, name, shift).norm() / whole for name in names]).cpu()
     there = pairs.partner(bridged.sparse.run(pairs.tokens, capture=[read.hook], logits="none")[read.hook])
     swap = {read.hook: partial(_exchanged, index, there)}
     before = _probability(pairs, _last(bridged.sparse, pairs), towards_one).mean()
     after = _probability(pairs, _last(bridged.sparse, pairs, swap), towards_one).mean()
+    means = curves[1:].mean(2)
     return DoseResponse(
         node, pairs.task, bridged.dense.name, tuple(map(float, strengths)), curves[0], towards_one, goal,
-        names[1:], curves[1:].mean(2), names[int(rise.argmax())], sizes, (float(before), float(after)),
+        names[1:], means, torch.stack(matched) if matched else means, names[int(rise.argmax())], sizes,
+        (float(before), float(after)),
     )  # fmt: skip
 
 
