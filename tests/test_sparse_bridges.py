@@ -49,7 +49,7 @@ from circuits.sparse.train import Training, loss_of, nonzero
 from tests.test_sparse_model import TOKENS, random_model, rng
 from tests.test_sparse_prune import by_hand, sparse
 from tests.test_sparse_train import MODEL, RECIPE, Stopped, clock
-from workbench import backend, metrics, registry, results
+from workbench import backend, metrics, plots, registry, results
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.prompts import sample
@@ -582,6 +582,10 @@ def test_a_dose_response_is_what_editing_one_prompt_at_a_time_gives(quotes: tupl
     low, high = found.band(0.0, 1.0)
     assert torch.equal(low, found.control.amin(0)) and torch.equal(high, found.control.amax(0))
     assert torch.equal(found.band(0.0, 1.0, matched=True)[1], found.matched.amax(0))
+    drawn = {trace.name: trace for trace in plots.figure(found).data}
+    assert list(drawn[found.node].y) == pytest.approx(found.mean.tolist(), abs=1e-4)
+    assert list(drawn["other channels"].y) == pytest.approx(found.band()[1].tolist(), abs=1e-4)
+    assert plots.figure(one).data and found.node in plots.definition(found)
 
 
 def test_the_channel_that_decides_is_the_strongest_of_all_and_controls_do_nothing() -> None:

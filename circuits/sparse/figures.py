@@ -1,4 +1,4 @@
-"""Figures of weight-sparse models: how training went."""
+"""Figures of weight-sparse models: how training went, and what a bridge carries over."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from html import escape
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from circuits.sparse.bridge_edits import DoseResponse
 from circuits.sparse.training_run import SOLVED, SparseTraining
 from workbench import canvas
 from workbench.plots import definition, figure
@@ -55,3 +56,37 @@ def training_figure(result: SparseTraining) -> go.Figure:
 @definition.register
 def _(result: SparseTraining) -> str:
     return result.definition
+
+
+@figure.register
+def dose_figure(result: DoseResponse) -> go.Figure:
+    """Probability of the counterfactual answer over strength. Bands: 5 to 95 % of other channels, as they are and at
+    the node's size; dotted: on the counterfactual prompt itself."""
+    strengths = list(result.strengths)
+    fig = go.Figure()
+    for matched, name in ((True, "other channels, same size"), (False, "other channels")):
+        low, high = result.band(matched=matched)
+        edge = {"x": strengths, "mode": "lines", "line_width": 0, "hoverinfo": "skip"}
+        fig.add_trace(go.Scatter(y=canvas.cells(low), showlegend=False, **edge))
+        colour = GREY.format(0.15 if matched else 0.3)
+        fig.add_trace(go.Scatter(y=canvas.cells(high), fill="tonexty", fillcolor=colour, name=name, **edge))
+    fig.add_trace(
+        go.Scatter(
+            x=strengths, y=canvas.cells(result.mean), mode="lines+markers", name=escape(result.node),
+            line={"color": canvas.POSITIVE.format(1), "width": 2},
+            hovertemplate="strength %{x}: %{y:.3f}<extra></extra>",
+        )
+    )  # fmt: skip
+    fig.add_hline(y=float(result.goal.mean()), line={"color": canvas.FAINT, "dash": "dot"})
+    fig.update_xaxes(title_text="strength")
+    fig.update_yaxes(title_text="P(counterfactual answer)", range=[-0.02, 1.02])
+    fig.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+    return canvas.finish(fig, 300, top=30)
+
+
+@definition.register
+def _(result: DoseResponse) -> str:
+    return (
+        f"{result.summary()['definition']}; node {result.node} on {result.task}; bands: 5 to 95 % of the "
+        f"{len(result.controls)} other channels' means"
+    )
