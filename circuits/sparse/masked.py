@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from circuits.sparse.channels import Channels, Fill
 from circuits.sparse.variants import frozen_norms
+from workbench import sites
 from workbench.errors import UserError
 from workbench.metrics import log_odds
 from workbench.prompts import Batch
@@ -25,6 +27,7 @@ from workbench.tasks.python_code import pair_sides
 
 Ablated = Literal["mean", "task-mean", "zero", "resample"]
 MOST_SCALE = 10.0
+BUCKETS = 4  # of prompts, by length
 TOKENS_AT_ONCE = 8192  # of the stream, while means are taken
 
 
@@ -95,6 +98,8 @@ class Pairs:
 class Masked:
     """A model on some pairs, with any channels masked.
 
+    Prompts of about one length are run together, and only what is asked about is unembedded.
+
     freeze_norms  RMSNorms divide by what they divide by when nothing is masked
     """
 
@@ -104,18 +109,35 @@ class Masked:
 
     def odds(self, mask: Float[Tensor, " channel"], *, grad: bool = False) -> Float[Tensor, " prompt"]:
         """Log odds of the right answer for every prompt."""
-        pairs = self.pairs
-        edit = self.channels.edits(mask, self.fill)
-        logits = self.model.run(pairs.tokens, edit=edit, grad=grad).logits
-        assert logits is not None
-        return pairs.differences(logits[torch.arange(len(logits)), pairs.last].float())
+        pairs, found = self.pairs, []
+        end = sites.block(self.model.config.n_layers - 1, "hook_resid_post")
+        for rows, fill in self._buckets:
+            last = pairs.last[rows]
+            at, tokens = (torch.arange(len(rows)), last), pairs.tokens[rows, : int(last.max()) + 1]
+            edit = self.channels.edits(mask, fill)
+            if self.freeze_norms:  # the last one too, which has a scale for each position
+                logits = self.model.run(tokens, edit=edit, grad=grad).logits
+                assert logits is not None
+                found.append(logits[at])
+            else:
+                run = self.model.run(tokens, edit=edit, capture=[end], logits="none", grad=grad)
+                found.append(self.model.unembed(run[end][at], tokens[at], grad=grad))
+        order = torch.cat([rows for rows, _ in self._buckets]).argsort()
+        return pairs.differences(torch.cat(found)[order].float())
+
+    @cached_property
+    def _buckets(self) -> list[tuple[Int[Tensor, " row"], Fill]]:
+        """Rows of prompts of about one length, and their fills."""
+        length = self.pairs.last + 1
+        if self.freeze_norms:  # norms that are frozen at these very tokens
+            return [(torch.arange(len(length)), self.fill)]
+        rows = length.argsort(stable=True).chunk(BUCKETS)
+        return [(which, _of_rows(self.fill, which, int(length[which].max()))) for which in rows]
 
     def part(self, pairs: Int[Tensor, " pair"]) -> Masked:
         """The same on some of the pairs."""
-        some, fill = self.pairs.part(pairs), dict(self.fill)
-        for hook, x in self.fill.items():
-            if x.ndim > 2:  # has a value for each prompt and position, not for each channel alone
-                fill[hook] = x[torch.cat([pairs, pairs + len(self.pairs)]), : some.tokens.shape[1]]
+        some = self.pairs.part(pairs)
+        fill = _of_rows(self.fill, torch.cat([pairs, pairs + len(self.pairs)]), some.tokens.shape[1])
         return Masked(self.channels, some, fill, self.freeze_norms)
 
     def parts(self, n: int, generator: torch.Generator) -> list[Masked]:
@@ -132,6 +154,12 @@ class Masked:
     def loss(self, mask: Float[Tensor, " channel"], scale: tuple[float, float] = (1.0, 0.0)) -> float:
         """The task's loss in nats per prompt."""
         return float(loss(rescaled(self.odds(mask), self.pairs, scale)))
+
+
+def _of_rows(fill: Fill, rows: Int[Tensor, " row"], n: int) -> Fill:
+    """Fills that have a value for each prompt and position, not for each channel alone, at some prompts and the first n
+    positions."""
+    return {hook: x[rows, :n] if x.ndim > 2 else x for hook, x in fill.items()}
 
 
 def loss(odds: Float[Tensor, " prompt"]) -> Float[Tensor, ""]:

@@ -48,11 +48,17 @@ class AbsTopK(nn.Module):
 
     def forward(self, x: Float[Tensor, "*any width"]) -> Float[Tensor, "*any width"]:
         if x.device.type == "cpu":
-            return _Kept.apply(x, self.k)  # type: ignore[no-any-return, no-untyped-call]
+            kept: Tensor = _on_cpu(x, self.k)
+            return kept
         return torch.where(largest(x.detach().abs(), self.k), x, 0)
 
     def extra_repr(self) -> str:
         return f"k={self.k}"
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would make torch of the numpy
+def _on_cpu(x: Tensor, k: int) -> Tensor:
+    return _Kept.apply(x, k)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Kept(torch.autograd.Function):
