@@ -64,7 +64,7 @@ def test_truncated_weights_are_a_sentence(tiny_folder: str) -> None:
     [
         ("./nowhere", "has no config.json"),
         ("smollm 2", "did you mean 'smollm2-135m'"),
-        ("no-such-organisation/no-such-model", "embedded model"),
+        ("no-such-organisation/no-such-model", "is no model on this machine and the model hub cannot be reached"),
     ],
 )
 def test_names_that_lead_nowhere(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
