@@ -1,13 +1,20 @@
-"""The device tier, on a real GPU: run with `pytest -m gpu`."""
+"""The device tier and training of sparse models, on a real GPU: run with `pytest -m gpu`."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from circuits.sparse import train
+from circuits.sparse.data import train_tokenizer
+from circuits.sparse.model import SparseConfig
+from circuits.sparse.topk import AbsTopK, drop_weights, keep_weights
+from circuits.sparse.train import Recipe, Step, Training, matrices
+from tests.benchmarks.harness import fresh_process
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel
 from workbench.sites import block
@@ -71,3 +78,52 @@ def test_many_batches_in_flight_stay_apart(on_gpu: LanguageModel, tmp_path: Path
         alone = on_gpu.run(some[i][None], capture=HOOKS, logits="none")
         for hook in HOOKS:
             torch.testing.assert_close(found[hook][i], alone[hook][0].cpu(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_kept_on_a_gpu_is_what_is_kept_on_a_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 1024, generator=generator) * torch.randn(256, 1, generator=generator).exp()
+    for neurons in ("rows", "columns"):
+        kept = keep_weights(weight, 20_000, 4, neurons)
+        assert torch.equal(keep_weights(weight.cuda(), 20_000, 4, neurons).cpu(), kept)
+        dropped = weight.cuda()
+        drop_weights([(dropped, 20_000, 4, neurons)])
+        assert torch.equal(dropped.cpu(), weight * kept)
+    x, slopes = weight.clone().requires_grad_(), torch.randn(256, 1024, generator=generator)
+    y = weight.cuda().requires_grad_()
+    assert torch.equal(AbsTopK(256)(y).cpu(), AbsTopK(256)(x))
+    (found,) = torch.autograd.grad(AbsTopK(256)(y), y, slopes.cuda())
+    assert torch.equal(found.cpu(), torch.autograd.grad(AbsTopK(256)(x), x, slopes)[0])
+
+
+@pytest.mark.parametrize(("precision", "compile"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_a_sparse_model_trains_on_a_gpu_as_on_a_cpu(precision: str, compile: bool) -> None:
+    """In a process without the tests' type checks, which cannot be compiled."""
+    losses, expected, exact = fresh_process(sparse_losses, precision, compile)
+    assert exact and losses == pytest.approx(expected, rel=1e-3 if precision == "float32" else 2e-2)
+
+
+def sparse_losses(precision: str, compile: bool) -> tuple[list[float], list[float], bool]:
+    """Of some steps on a GPU, of the same in float32 on a CPU, and whether the GPU's weights are as sparse as asked."""
+    model = SparseConfig(vocab_size=300, n_layer=2, d_model=64, n_head=4, block_size=64, afrac=0.25, sink=True)
+    recipe = Recipe(model, density=0.25, embedding_density=0.5, tokens=16 * 8 * 64, batch=8, length=64)
+    rows = torch.randint(300, (16, 8, 64), generator=torch.Generator().manual_seed(0))
+    train.COUNTED, train.HELD_OUT = 20_000, 8
+    bpe, losses = train_tokenizer(300, real=0.0, size=100_000), []
+    for training in (
+        Training(replace(recipe, precision=precision, compile=compile), bpe, device="cuda"),
+        Training(recipe, bpe),
+    ):
+        losses.append([])
+        for i in range(16):
+            loss = training.loss(rows[i].to(training.module.device))
+            loss.backward()
+            training.optimiser.step(i / 16)
+            losses[-1].append(float(loss.detach()))
+        if len(losses) == 1:
+            step = Step.at(recipe, 15 / 16)
+            exact = all(
+                int(w.count_nonzero()) == int((step.embedding_density if e else step.density) * w.numel())
+                for _, w, _, e in matrices(training.module)
+            )
+    return losses[0], losses[1], exact

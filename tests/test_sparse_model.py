@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from circuits.patching import patching
-from circuits.sparse import files
+from circuits.sparse import files, topk
 from circuits.sparse.model import SITES, SparseConfig, SparseTransformer, sinusoids
-from circuits.sparse.topk import SAMPLE, AbsTopK, keep_weights, largest
+from circuits.sparse.topk import SAMPLE, AbsTopK, drop_weights, keep_weights, largest
 from circuits.wiring import metric
 from tests.test_attribution import draw
 from workbench import sites
@@ -54,6 +54,22 @@ def test_the_largest_are_those_that_sorting_finds(k: int, dtype: torch.dtype) ->
     assert kept.sum(1).tolist() == [min(k, 32)] * 50
     for row, mask in zip(size, kept, strict=True):
         assert torch.equal(row[mask].sort().values, row.sort().values[32 - min(k, 32) :])
+
+
+@pytest.mark.parametrize("width", [512, 513, 768, 1024, 2048, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_long_rows_are_searched_by_sorted_runs(width: int, dtype: torch.dtype) -> None:
+    """For k below, at and above powers of two, and so large that there are no runs; signs do not matter."""
+    x = torch.randn(3, 7, width, generator=rng(width), dtype=torch.float64).to(dtype).requires_grad_()
+    slopes = torch.randn(3, 7, width, generator=rng()).to(dtype)
+    for k in (1, 64, 100, 128, 129, width // 4, 512, 513, width - 1, width, width + 1):
+        kept = largest(x.detach().abs(), k)
+        assert bool((kept.sum(-1) == min(k, width)).all())
+        smallest_kept = x.detach().abs().masked_fill(~kept, torch.inf).amin(-1)
+        assert bool((x.detach().abs().masked_fill(kept, 0).amax(-1) <= smallest_kept).all())
+        found = AbsTopK(k)(x)
+        assert torch.equal(found, torch.where(kept, x, 0))
+        assert torch.equal(torch.autograd.grad(found, x, slopes)[0], torch.where(kept, slopes, 0))
 
 
 def test_equal_entries_are_left_out_until_k_remain() -> None:
@@ -364,6 +380,29 @@ def test_large_matrices_are_kept_as_small_ones() -> None:
             kept = keep_weights(one, k)
             assert int(kept.sum()) == k
             assert torch.equal(one[kept].abs().sort().values, one.abs().flatten().sort().values[120000 - k :])
+
+
+@pytest.mark.parametrize("neurons", ["rows", "columns"])
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_are_dropped_as_they_are_not_kept(seed: int, neurons: Literal["rows", "columns"]) -> None:
+    """In place, of many matrices on several threads, and by the definition as it is computed on a GPU."""
+    some = [torch.randn(rows, 300, generator=rng(seed + rows)) for rows in (40, 257, 400)]
+    some = [one * torch.randn(len(one), 1, generator=rng(seed)).exp() ** 2 for one in some]  # very unequal neurons
+    some = [one if neurons == "rows" else one.T.contiguous() for one in some]
+    threads = torch.get_num_threads()
+    for share in (0.02, 0.3, 0.9):
+        given = [(one.clone(), int(share * one.numel()), 4, neurons) for one in some]
+        try:
+            torch.set_num_threads(3)
+            drop_weights(given)
+        finally:
+            torch.set_num_threads(threads)
+        for one, (dropped, k, j, _) in zip(some, given, strict=True):
+            kept = keep_weights(one, k, j, neurons)
+            assert torch.equal(dropped, one * kept) and int(kept.sum()) == k
+            by_neuron = by_definition(one if neurons == "rows" else one.T, k, j)
+            assert torch.equal(kept, by_neuron if neurons == "rows" else by_neuron.T)
+            assert torch.equal(kept, topk._as_defined(one, k, j, neurons))
 
 
 def test_a_minimum_that_does_not_fit_is_a_sentence() -> None:

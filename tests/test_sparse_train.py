@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from circuits.sparse import files, train
 from circuits.sparse.data import train_tokenizer
 from circuits.sparse.model import SparseConfig, SparseTransformer
 from circuits.sparse.train import Optimiser, Recipe, Step, Training, bigram_logits, loss_of, matrices, nonzero, project
+from tests.benchmarks.harness import fresh_process
 from workbench import backend
 from workbench.errors import UserError
 from workbench.models import LanguageModel
@@ -148,6 +150,45 @@ def test_by_the_clock_training_ends_annealed_whatever_the_speed(bpe: Tokenizer) 
         assert last["density"] == 0.25 and last["step"] == pytest.approx(20 / tick, abs=1)
 
 
+def test_half_precision_is_of_products_alone_and_trains_as_well(bpe: Tokenizer, tmp_path: Path) -> None:
+    exact = Training(RECIPE, bpe)
+    expected = exact.run(every=100.0, clock=clock()).curve[-1]
+    half = Training(replace(RECIPE, precision="bfloat16"), bpe, folder=tmp_path)
+    rows = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(0))
+    error = abs(float(half.loss(rows).detach()) - float(loss_of(half.module, rows).detach()))
+    assert 0 < error < 0.01 and half.loss(rows).dtype == torch.float32
+    with pytest.raises(Stopped):
+        half.run(every=2.0, clock=clock(9))
+    resumed = Training(replace(RECIPE, precision="bfloat16"), bpe, folder=tmp_path)
+    last = resumed.run(every=100.0, clock=clock()).curve[-1]
+    assert last["held_out_loss"] == pytest.approx(expected["held_out_loss"], abs=0.01)
+    assert {x.dtype for x in state(resumed).values()} == {torch.float32}
+    for name, weight, _, embedding in matrices(resumed.module):
+        assert int(weight.count_nonzero()) == int((0.5 if embedding else 0.25) * weight.numel()), name
+
+
+def compiled() -> tuple[bool, float]:
+    """Whether a model is compiled, and how far its weights are then from what they are without, after three steps."""
+    train.COUNTED, train.HELD_OUT = 20_000, 8
+    bpe = train_tokenizer(300, real=0.0, size=100_000)
+    one, other = (Training(replace(RECIPE, compile=yes), bpe) for yes in (False, True))
+    for training in (one, other):
+        for i in range(3):
+            training.loss(training._rows()).backward()
+            training.optimiser.step(0.5 + i / 10)
+            training.steps += 1
+    both = zip(one.module.parameters(), other.module.parameters(), strict=True)
+    return other.forward is not other.module, max(float((x - y).detach().abs().max()) for x, y in both)
+
+
+@pytest.mark.slow  # a C++ compiler works for a while
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_compiled_model_trains_to_the_same_weights() -> None:
+    """In a process without the tests' type checks, which cannot be compiled."""
+    is_compiled, difference = fresh_process(compiled)
+    assert is_compiled and difference < 1e-5
+
+
 def test_checkpoints_of_other_runs_and_damaged_ones_are_sentences(bpe: Tokenizer, tmp_path: Path) -> None:
     Training(RECIPE, bpe, folder=tmp_path).run(clock=clock())
     with pytest.raises(UserError, match="of another recipe"):
@@ -202,6 +243,7 @@ def test_bigram_table_by_hand() -> None:
         ({"density": 0.0}, "density=0 must be above 0"),
         ({"tokens": None}, "give one of the two"),
         ({"seconds": 5.0}, "give one of the two"),
+        ({"precision": "float16"}, "is not one of float32, bfloat16"),
         ({"length": 64}, "more than the 32 tokens"),
         ({"density": 1 / 32}, "leaves fewer than per_neuron=2 weights to each neuron of .*; the most is 1"),
     ],

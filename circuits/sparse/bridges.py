@@ -322,6 +322,10 @@ class BridgeTraining(Training):
         recipe, device = self.recipe, self.module.device
         if processes.count() > 1:  # its errors are normalised over the batch, which would have to be one
             raise UserError(f"bridges are trained by one process, not {processes.count()}; start it without torchrun.")
+        if recipe.precision != "float32" or recipe.compile:
+            raise UserError(
+                "bridges are trained in float32 and not compiled; change the recipe's precision or compile."
+            )
         self.dense = copy.deepcopy(_module(self.given)).to(device)
         self.dense.set_attn_implementation("sdpa")  # the workbench's own is for hooks
         _check(self.module, self.dense, self.stream.tokenizer, self.given.tokenizer)
