@@ -10,6 +10,7 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -131,8 +132,9 @@ class Masked:
         length = self.pairs.last + 1
         if self.freeze_norms:  # norms that are frozen at these very tokens
             return [(torch.arange(len(length)), self.fill)]
-        rows = length.argsort(stable=True).chunk(BUCKETS)
-        return [(which, _of_rows(self.fill, which, int(length[which].max()))) for which in rows]
+        ends = sorted({int(part.max()) for part in length.sort().values.chunk(BUCKETS)})
+        rows = [((a < length) & (length <= b)).nonzero()[:, 0] for a, b in pairwise([0, *ends])]
+        return [(which, _of_rows(self.fill, which, b)) for which, b in zip(rows, ends, strict=True)]
 
     def part(self, pairs: Int[Tensor, " pair"]) -> Masked:
         """The same on some of the pairs."""

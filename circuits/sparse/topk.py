@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from workbench.errors import UserError
 
-SAMPLE = 1 << 14  # weights, at most, that tell roughly where the threshold of a large matrix lies
+SAMPLE = 1 << 13  # weights, at most, that tell roughly where the threshold of a large matrix lies
 PIECE = 1 << 16  # entries that are worked on at once
 RUN = 512  # the longest run that is sorted wholly by vector instructions
 
@@ -122,12 +122,12 @@ def _select_rows(bits: Array, k: int, made: Array, marks: Array) -> None:
         return
     least = _kth_largest(bits & np.iinfo(bits.dtype).max, k)[:, None]
     mask = _ones(bits, least)
-    over = -mask.sum(-1, dtype=np.int32) != k  # where entries equal the least: rare, but for half precision and zeros
-    if over.any():
+    if np.count_nonzero(mask) > k * len(mask):  # some entries equal the least: zeros, or numbers of half precision
+        over = np.count_nonzero(mask, axis=-1) > k
         size, least = bits[over] & np.iinfo(bits.dtype).max, least[over]
         above, equal = size > least, size == least
         room = k - above.sum(-1, keepdims=True)
-        mask[over] = -(above | (equal & (equal.cumsum(-1) <= room))).astype(mask.dtype)
+        mask[over] = -(above | (equal & (equal.cumsum(-1, dtype=np.int32) <= room))).astype(mask.dtype)
     np.bitwise_and(bits, mask, out=made)
     np.copyto(marks, mask, casting="unsafe")
 
@@ -197,25 +197,28 @@ def keep_weights(
     return torch.from_numpy(kept)
 
 
-def drop_weights(weights: Iterable[tuple[Tensor, int, int, Neurons]]) -> None:
-    """Set to 0, in place, what `keep_weights` does not keep, of many matrices: its arguments for each."""
+def drop_weights(weights: Iterable[tuple[Tensor, int, int, Neurons]], factor: float = 1.0) -> None:
+    """Set to 0, in place, what `keep_weights` does not keep, of many matrices: its arguments for each. What is left is
+    multiplied by a factor, such as that of weight decay."""
     given = [(weight.detach(), k, _checked(weight, k, j, neurons), neurons) for weight, k, j, neurons in weights]
-    on_cpu = [one for one in given if one[0].device.type == "cpu" and one[0].is_contiguous()]
+    quick = [one for one in given if one[0].dtype == torch.float32 and one[0].is_cpu and one[0].is_contiguous()]
     for one in given:
-        if not any(one is other for other in on_cpu):
-            one[0].mul_(keep_weights(*one))
-    _each(_drop_weights, on_cpu)
+        if not any(one is other for other in quick):
+            one[0].mul_(keep_weights(*one)).mul_(factor)
+    _each(lambda one: _drop_weights(one, factor), quick)
 
 
-def _drop_weights(one: tuple[Tensor, int, int, Neurons]) -> None:
+def _drop_weights(one: tuple[Tensor, int, int, Neurons], factor: float) -> None:
     weight, k, per_neuron, neurons = one
-    bits = _rows(weight)
-    found, flat = _search(bits, k, per_neuron, neurons), bits.reshape(-1)
-    besides = flat[found.besides]
+    bits, values = _rows(weight), weight.numpy()
+    found = _search(bits, k, per_neuron, neurons)
+    besides = values.reshape(-1)[found.besides]
     for at in _pieces(bits):
         np.bitwise_and(bits[at], _ones(bits[at], found.least), out=bits[at])
-    flat[found.without] = 0
-    flat[found.besides] = besides
+        if factor != 1:
+            np.multiply(values[at], np.float32(factor), out=values[at])
+    values.reshape(-1)[found.without] = 0
+    values.reshape(-1)[found.besides] = besides * np.float32(factor)
 
 
 def _checked(weight: Tensor, k: int, per_neuron: int, neurons: Neurons) -> int:
@@ -249,24 +252,31 @@ class _Found(NamedTuple):
     besides: Array
 
 
+class _Near(NamedTuple):
+    """Entries near the threshold in order of place, and which are of the k largest."""
+
+    places: Array
+    sizes: Array
+    kept: Array
+
+
 def _search(bits: Array, k: int, per_neuron: int, neurons: Neurons) -> _Found:
     """From the k largest of all: neurons that have too few get theirs, and as many others, the smallest of neurons
     that have more than enough, go."""
     none = np.zeros(0, np.int64)
     if k < 1:
         return _Found(0, np.arange(bits.size), none)
-    least, above, equal = _threshold(bits.reshape(-1), k)
-    if not per_neuron:
-        return _Found(least, equal, none)
     length = bits.shape[1]
 
     def owner(places: Array) -> Array:
         found: Array = places // length if neurons == "rows" else places % length
         return found
 
-    counts = [-_ones(bits[at], least).sum(1 if neurons == "rows" else 0, dtype=np.int32) for at in _pieces(bits)]
-    count = np.concatenate(counts) if neurons == "rows" else np.sum(counts, axis=0)
-    np.subtract.at(count, owner(equal), 1)
+    least, near, equal, count = _threshold(bits, k, neurons)
+    if count.min() >= per_neuron:
+        return _Found(least, equal, none)
+    lowest = near.places[near.kept], near.sizes[near.kept]
+    count = count + np.bincount(owner(lowest[0]), minlength=len(count))
     poor = np.flatnonzero(count < per_neuron)
     if not len(poor):
         return _Found(least, equal, none)
@@ -282,7 +292,7 @@ def _search(bits: Array, k: int, per_neuron: int, neurons: Neurons) -> _Found:
         given.append(poor[needy] * length + best if neurons == "rows" else best * length + poor[needy])
     besides = np.concatenate(given)
     spare = np.maximum(count - per_neuron, 0)
-    without = _smallest(above, owner, spare, len(besides))
+    without = _smallest(lowest, owner, spare, len(besides))
     if without is None:  # not among those near the threshold
         flat = bits.reshape(-1) & np.iinfo(bits.dtype).max
         places = np.setdiff1d(np.flatnonzero(flat >= least), equal, assume_unique=True)
@@ -291,28 +301,29 @@ def _search(bits: Array, k: int, per_neuron: int, neurons: Neurons) -> _Found:
     return _Found(least, np.concatenate([equal, without]), besides)
 
 
-def _threshold(bits: Array, k: int) -> tuple[int, tuple[Array, Array], Array]:
-    """The size of the k-th largest; places and sizes of the smallest of the k largest, in order of place, at least one;
-    and places of others that are as large as the k-th."""
-    n, top = len(bits), np.iinfo(bits.dtype).max
-    low, high = _bracket(bits, k)
-    found, above = [], 0
-    for at in range(0, n, PIECE):
-        size = bits[at : at + PIECE] & top
+def _threshold(bits: Array, k: int, neurons: Neurons) -> tuple[int, _Near, Array, Array]:
+    """The size of the k-th largest; some near it; places of those that are as large and yet not of the k; and how many
+    of each neuron's are of the k largest and larger than those near it."""
+    flat, top = bits.reshape(-1), np.iinfo(bits.dtype).max
+    low, high = _bracket(flat, k)
+    found, counts = [], []
+    for at in _pieces(bits):
+        size = bits[at] & top
         over = size > high
-        above += int(np.count_nonzero(over))
+        counts.append(over.sum(1 if neurons == "rows" else 0, dtype=np.int32))
         near = np.flatnonzero((size >= low) ^ over)
-        found.append((near + at, size[near]))
+        found.append((near + at.start * bits.shape[1], size.reshape(-1)[near]))
+    count = np.concatenate(counts) if neurons == "rows" else np.sum(counts, axis=0)
     places, sizes = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    if not 0 < k - above <= len(places):  # the sample misled
-        places, sizes, above = np.arange(n), bits & top, 0
-    at = len(places) - (k - above)
-    least = np.partition(sizes, at)[at]
+    rank = k - int(count.sum())
+    if not 0 < rank <= len(places):  # the sample misled
+        places, sizes, count, rank = np.arange(len(flat)), flat & top, np.zeros_like(count), k
+    least = np.partition(sizes, len(sizes) - rank)[len(sizes) - rank]
     kept = sizes >= least
     equal = np.flatnonzero(sizes == least)
-    equal = equal[len(equal) - (np.count_nonzero(kept) - (k - above)) :]  # the last of them are left out
+    equal = equal[len(equal) - (np.count_nonzero(kept) - rank) :]  # the last of them are left out
     kept[equal] = False
-    return int(least), (places[kept], sizes[kept]), places[equal]
+    return int(least), _Near(places, sizes, kept), places[equal], count
 
 
 def _ones(bits: Array, least: int | Array) -> Array:

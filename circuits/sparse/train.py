@@ -173,14 +173,17 @@ def ramp(done: float) -> float:
 
 
 @torch.no_grad()
-def project(module: SparseTransformer, recipe: Recipe, step: Step) -> None:
-    """Set all but the largest weights of each matrix to 0: exactly as many as the density says are left."""
+def project(module: SparseTransformer, recipe: Recipe, step: Step, factor: float = 1.0) -> None:
+    """Set all but the largest weights of each matrix to 0: exactly as many as the density says are left; and multiply
+    these by a factor."""
     given = []
     for _, weight, neurons, embedding in matrices(module):
         k = int((step.embedding_density if embedding else step.density) * weight.numel())
         if k < weight.numel():
             given.append((weight, k, recipe.per_neuron if neurons else 0, neurons or "rows"))
-    drop_weights(given)
+        else:
+            weight.mul_(factor)
+    drop_weights(given, factor)
 
 
 def bigram_logits(tokens: Int[Tensor, " pos"], vocab: int, smoothing: float = 0.1) -> Float[Tensor, "vocab vocab"]:
@@ -214,7 +217,6 @@ class Optimiser:
         eps = recipe.eps if recipe.eps is not None else 0.1 if recipe.sparse else 1e-8
         fused = self.parameters[0].device.type in ("cpu", "cuda")
         self.adam = torch.optim.Adam(self.parameters, lr=1.0, betas=(0.9, 0.95), eps=eps, fused=fused)
-        self.decayed = [weight for _, weight, _, _ in matrices(module)]
 
     def step(self, done: float) -> Step:
         """One update from the gradients that are there; `done` is the share of training behind."""
@@ -231,10 +233,7 @@ class Optimiser:
             group["lr"] = step.lr
         self.adam.step()
         self.adam.zero_grad()
-        if self.recipe.sparse:
-            project(self.module, self.recipe, step)
-        with torch.no_grad():
-            torch._foreach_mul_(self.decayed, 1 - DECAY * step.lr)
+        project(self.module, self.recipe, step, 1 - DECAY * step.lr)
         return step
 
 
