@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from workbench.errors import UserError
 
 SAMPLE = 1 << 13  # weights, at most, that tell roughly where the threshold of a large matrix lies
-PIECE = 1 << 16  # entries that are worked on at once
+PIECE = 1 << 18  # entries that are worked on at once: fewer, and threads wait for the interpreter
 RUN = 512  # the longest run that is sorted wholly by vector instructions
 
 Array = npt.NDArray[Any]
@@ -98,7 +98,7 @@ def _select(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     x = x.detach().contiguous()
     bits, found, kept = _rows(x), torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
     made, marks = _rows(found), _rows(kept)
-    _each(lambda at: _select_rows(bits[at], k, made[at], marks[at]), _pieces(bits))
+    _each(lambda at: _select_rows(bits[at], k, made[at], marks[at]), _shares(bits))
     return found, kept
 
 
@@ -111,7 +111,7 @@ def _masked(x: Tensor, kept: Tensor) -> Tensor:
     def work(at: slice) -> None:
         np.bitwise_and(bits[at], marks[at].astype(bits.dtype), out=made[at])
 
-    _each(work, _pieces(bits))
+    _each(work, _shares(bits))
     return found
 
 
@@ -156,9 +156,14 @@ def _rows(x: Tensor) -> Array:
     return array.reshape(-1, x.shape[-1])
 
 
-def _pieces(array: Array) -> list[slice]:
-    step = max(1, PIECE // array.shape[1])
+def _pieces(array: Array, size: int = PIECE) -> list[slice]:
+    step = max(1, size // array.shape[1])
     return [slice(at, at + step) for at in range(0, len(array), step)]
+
+
+def _shares(array: Array) -> list[slice]:
+    """Pieces, one for each thread at least."""
+    return _pieces(array, min(PIECE, -(-array.size // torch.get_num_threads())))
 
 
 @cache
@@ -167,10 +172,17 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _each(work: Callable[[Any], None], parts: Iterable[Any]) -> None:
-    """On as many threads as torch has: numpy lets go of the interpreter while it computes."""
-    threads = torch.get_num_threads()
-    for _ in map(work, parts) if threads == 1 else _pool(threads).map(work, parts):
-        pass
+    """On as many threads as torch has, this one among them: numpy lets go of the interpreter while it computes."""
+    left, helpers = iter(parts), torch.get_num_threads() - 1
+
+    def take() -> None:
+        for part in left:
+            work(part)
+
+    helping = [_pool(helpers).submit(take) for _ in range(helpers)]
+    take()
+    for helper in helping:
+        helper.result()
 
 
 # ---- weights ----
