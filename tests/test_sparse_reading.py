@@ -7,15 +7,19 @@ import dataclasses
 import pytest
 import torch
 
+from circuits.sparse import pruning_run
 from circuits.sparse.channels import Channels
 from circuits.sparse.circuit_figures import places_of, through_the_stream
 from circuits.sparse.masked import Masked, fills
 from circuits.sparse.prune import Pruned, Question, Settings
 from circuits.sparse.pruning_run import Row, SparseCircuit, TaskCircuits
 from circuits.sparse.reading import Reading, read
+from tests.conftest import QUICK as SHORT
 from tests.test_sparse_prune import TRUE, A, B, by_hand
-from workbench import plots, results
+from workbench import plots, results, runs
+from workbench.errors import UserError
 from workbench.models import LanguageModel
+from workbench.tasks.python_code import TASKS
 
 QUICK = (Settings(k_coef=1e-4, lr=3e-2, steps=100),)
 
@@ -100,3 +104,13 @@ def test_tasks_without_a_circuit_are_shown_and_not_averaged() -> None:
     fig = plots.figure(table)
     assert list(fig.data[0].y) == ["b", "a", "c (no circuit)"] and list(fig.data[0].x) == [80, 20, None]
     assert TaskCircuits("m", {"c": Row(0.6, 0.6, 0.5)}, "").summary()["geometric_mean_edges"] is None
+
+
+def test_solved_tasks_alone_if_that_is_asked_for(sparse_coder: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = SHORT["sparse-tasks"] | {"tasks": "solved"}
+    shares = {name: 0.95 if name == "for_while" else 0.94 for name in TASKS}
+    monkeypatch.setattr(pruning_run, "accuracies", lambda model, names: {name: shares[name] for name in names})
+    assert list(runs.run("sparse-tasks", model=sparse_coder, **quick).result.rows) == ["for_while"]
+    shares["for_while"] = 0.94
+    with pytest.raises(UserError, match="solves none of the 20 tasks; name some"):
+        runs.run("sparse-tasks", model=sparse_coder, seed=1, **quick)

@@ -176,7 +176,7 @@ def sparse_tasks(
 ) -> TaskCircuits:
     """The smallest circuits of many binary tasks, with how necessary each is, and the geometric mean of their edges.
 
-    tasks     names, separated by commas; all: the twenty on Python
+    tasks     names, separated by commas; all: the twenty on Python; solved: those of them that the model solves
     pairs     of each task to find the circuit on, and as many others to judge it
     target    loss in nats per prompt that each circuit must meet
     ablation  what channels outside of a circuit carry
@@ -184,11 +184,15 @@ def sparse_tasks(
     steps     of mask learning with each
     real      share of real source in the text over which means are taken; none: as the model was trained
     """
-    names = TASKS if tasks == "all" else tuple(name.strip() for name in tasks.split(","))
+    names = TASKS if tasks in ("all", "solved") else tuple(name.strip() for name in tasks.split(","))
     chosen = [registry.get_task(name) for name in names]
     stream = stream_of(model, real) if ablation == "mean" else None
     search = _search(settings, steps)
     shares = accuracies(model, names)
+    if tasks == "solved":
+        chosen = [task for task in chosen if shares[task.name] >= SOLVED]
+        if not chosen:
+            raise UserError(f"{model.name} solves none of the {len(names)} tasks; name some, --tasks with_as,not_in.")
 
     def row(task: Task) -> Row:
         train, test = (sample(split(task, part), model, pairs, seed) for part in ("train", "test"))

@@ -410,7 +410,9 @@ class Training:
         except (OSError, SafetensorError, LookupError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}); delete it to begin anew.") from error
         if about["identity"] != json.loads(json.dumps(self.identity)):
-            raise UserError(f"{path} is of another recipe, tokenizer or library; give another folder.")
+            raise UserError(
+                f"{path} is of another recipe, tokenizer or library; give another folder, or delete it to begin anew."
+            )
         with torch.no_grad():
             for prefix, part in self.parts.items():
                 for name, x in part.module.state_dict().items():
