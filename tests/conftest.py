@@ -26,8 +26,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from circuits.sparse import bridges
 from circuits.sparse.data import train_tokenizer
 from circuits.sparse.model import SparseConfig, SparseTransformer
+from circuits.sparse.train import Recipe
 from workbench import cli, registry, settings
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel
@@ -41,6 +43,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "compare": {"methods": "patching,eap"},
     "sparse-prune": {"target": 0.7, "settings": 1, "steps": 3},
     "sparse-tasks": {"target": 0.7, "settings": 1, "steps": 3, "tasks": "with_as,for_while", "pairs": 4},
+    "bridge-dose": {"node": "0.mlp.act_in:3", "controls": 2},
+    "sparse-bridge": {"tokens": 2048},
     "sparse-train": {"tokens": 4096, "width": 32, "layers": 1, "density": 0.5},
 }
 
@@ -157,20 +161,34 @@ def sparse_coder(coder: LanguageModel) -> LanguageModel:
     for weight in module.parameters():
         kept = torch.rand(weight.shape, generator=generator) < 0.25
         weight.data += 0.3 * kept * torch.randn(weight.shape, generator=generator)
-    module.about = {"recipe": {"real": 0.0, "seed": 0}}
+    module.about = {"recipe": Recipe(config, density=0.25, tokens=1).to_json()}
     return LanguageModel(module, coder.tokenizer, name="sparse-coder", fingerprint="sparse-coder")
 
 
+@pytest.fixture(scope="session")
+def bridged_coder(sparse_coder: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """The same with random bridges to itself beside it."""
+    module, folder = sparse_coder._module, tmp_path_factory.mktemp("bridged") / "coder"
+    bpe = sparse_coder.tokenizer.backend_tokenizer
+    maps = bridges.Bridges(bridges.BridgeConfig(2, 32, 32), torch.Generator().manual_seed(0))
+    bridges.save(bridges.TrainedBridges(module, bpe, [], module.about, module, maps), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORKBENCH_HOME", str(folder.with_name("home")))
+        return LanguageModel.load(str(folder))
+
+
 @pytest.fixture
-def on(tiny: LanguageModel, sparse_coder: LanguageModel) -> On:
+def on(tiny: LanguageModel, sparse_coder: LanguageModel, bridged_coder: LanguageModel) -> On:
     """on("patching"): what to run an analysis on, and its parameters, so that it takes no time."""
 
     def chosen(name: str) -> dict[str, Any]:
         analysis = registry.get_analysis(name)
-        of_sparse = name in ("sparse-prune", "sparse-tasks")
-        model = {} if analysis.model is None else {"model": sparse_coder if of_sparse else tiny}
-        task = {} if analysis.task is None else {"task": "with_as" if of_sparse else "ioi", "n": 6}
-        return model | task | QUICK.get(name, {})
+        of_sparse = {name: sparse_coder for name in ("sparse-prune", "sparse-tasks", "sparse-bridge")}
+        of_sparse |= {"bridge-dose": bridged_coder}
+        model = {} if analysis.model is None else {"model": of_sparse.get(name, tiny)}
+        task = {} if analysis.task is None else {"task": "with_as" if name in of_sparse else "ioi", "n": 6}
+        more = {"dense": bridged_coder.name} if name == "sparse-bridge" else {}
+        return model | task | more | QUICK.get(name, {})
 
     return chosen
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 from random import Random
@@ -40,7 +41,7 @@ def test_contract_of_every_analysis(name: str, on: On, tmp_path: Path, monkeypat
     assert chosen.about and all(p.help for p in chosen.parameters.values())
     few = on(name)
     first = runs.run(name, **few)
-    assert not first.hit and (first.forward_passes > 0 or chosen.model is None)
+    assert not first.hit and (first.forward_passes > 0 or "batch" not in chosen.takes)
     again = runs.run(name, **few)
     assert again.hit and again.forward_passes == 0 and again.summary == first.summary
     stored = first.result
@@ -95,6 +96,20 @@ def test_another_version_of_an_analysis_is_another_run(tiny: LanguageModel, monk
     newer = type(old)(**{**{f.name: getattr(old, f.name) for f in fields(old)}, "version": old.version + 1})
     monkeypatch.setitem(registry._analyses, "logit-lens", newer)
     assert runs.run("logit-lens", model=tiny, task="ioi", n=3).id != first.id
+
+
+def test_another_model_under_a_name_that_a_parameter_gives_is_another_run(
+    sparse_coder: LanguageModel, bridged_coder: LanguageModel, tmp_path: Path
+) -> None:
+    folder = tmp_path / "dense"
+    shutil.copytree(bridged_coder.name, folder)
+    given: dict[str, Any] = {"model": sparse_coder, "dense": str(folder), "tokens": 1024}
+    first = runs.run("sparse-bridge", **given)
+    assert first.record["key"]["models"] == {str(folder): bridged_coder.fingerprint}
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    other = runs.run("sparse-bridge", **given)
+    assert other.id != first.id and not other.hit
+    assert "models" not in runs.run("logit-lens", model=bridged_coder, task="with_as", n=2).record["key"]
 
 
 def test_figures_of_the_task_are_the_models_own(tiny: LanguageModel, store: ActivationStore) -> None:

@@ -27,6 +27,7 @@ from circuits.sparse.bridge_edits import (
     edit,
 )
 from circuits.sparse.bridges import (
+    MEASURED,
     BridgeConfig,
     Bridged,
     Bridges,
@@ -35,24 +36,24 @@ from circuits.sparse.bridges import (
     Streams,
     agreement,
     backward,
+    beside,
     boundary_hook,
     kl,
-    load,
     nmse,
     save,
     terms,
 )
-from circuits.sparse.data import train_tokenizer
+from circuits.sparse.data import TokenStream, train_tokenizer
 from circuits.sparse.model import SparseTransformer
 from circuits.sparse.prune import Pairs
 from circuits.sparse.train import Training, loss_of, nonzero
 from tests.test_sparse_model import TOKENS, random_model, rng
 from tests.test_sparse_prune import by_hand, sparse
 from tests.test_sparse_train import MODEL, RECIPE, Stopped, clock
-from workbench import backend, metrics, plots, registry, results
+from workbench import backend, metrics, plots, registry, results, runs
 from workbench.errors import UserError
 from workbench.models import LanguageModel
-from workbench.prompts import sample
+from workbench.prompts import sample, split
 
 N = 5  # boundaries of two layers
 
@@ -373,7 +374,7 @@ def test_a_saved_pair_comes_back_bit_for_bit_and_not_with_another_model(
 ) -> None:
     trained = BridgeTraining(replace(RECIPE, tokens=4 * 128), bpe, dense).run()
     save(trained, tmp_path / "pair")
-    found = load(tmp_path / "pair")
+    found = beside(LanguageModel.load(str(tmp_path / "pair")))
     for made, model in ((trained.module, found.sparse), (trained.dense, found.dense)):
         for name, x in made.state_dict().items():
             assert torch.equal(model._module.state_dict()[name], x), name
@@ -383,17 +384,20 @@ def test_a_saved_pair_comes_back_bit_for_bit_and_not_with_another_model(
     assert found.sparse.tokenizer.get_vocab() == bpe.get_vocab()
     with pytest.raises(UserError, match="give another name"):
         save(trained, tmp_path / "pair")
-    files.save(trained.module, backend.wrapped(bpe), tmp_path / "other", {"another": "tokenizer or weights"})
-    config = tmp_path / "pair" / "dense" / "config.json"
+    files.save(trained.module, backend.wrapped(bpe), tmp_path / "other")
+    for model in (LanguageModel.load(str(tmp_path / "other")), found.dense):
+        with pytest.raises(UserError, match=f"{model.name} has no bridges beside it"):
+            beside(model)
+    config = tmp_path / "pair" / "bridges" / "dense" / "config.json"
     config.write_text(config.read_text() + "\n")  # the same model, but not the same bytes
-    with pytest.raises(UserError, match=r"dense is not the model that these bridges were trained with"):
-        load(tmp_path / "pair")
+    with pytest.raises(UserError, match=r"dense model of .* is not the one that these bridges were trained with"):
+        beside(LanguageModel.load(str(tmp_path / "pair")))
 
 
 def test_damaged_bridges_are_sentences(bpe: Tokenizer, dense: LanguageModel, tmp_path: Path) -> None:
     trained = BridgeTraining(replace(RECIPE, tokens=128), bpe, dense).run()
     save(trained, tmp_path / "pair")
-    about, weights = (tmp_path / "pair" / name for name in (module.ABOUT, module.WEIGHTS))
+    about, weights = (tmp_path / "pair" / "bridges" / name for name in (module.ABOUT, module.WEIGHTS))
     text, whole = about.read_text(), weights.read_bytes()
     for change, left in (
         ('"d_dense": 16', whole), ('"depth": 3', whole), ("{", whole), (None, whole[:100]),
@@ -401,7 +405,51 @@ def test_damaged_bridges_are_sentences(bpe: Tokenizer, dense: LanguageModel, tmp
         about.write_text(text.replace('"d_dense": 24', change) if change else text)
         weights.write_bytes(left)
         with pytest.raises(UserError, match=r"bridges in .* cannot be read"):
-            load(tmp_path / "pair")
+            beside(LanguageModel.load(str(tmp_path / "pair")))
+
+
+# ---- runs ----
+
+
+def test_a_bridged_model_is_loaded_by_the_runs_id_with_its_bridges(
+    sparse_coder: LanguageModel, bridged_coder: LanguageModel
+) -> None:
+    run = runs.run("sparse-bridge", model=sparse_coder, dense=bridged_coder.name, tokens=2048, at_once=5)
+    found = beside(LanguageModel.load(run.id))
+    held_out = TokenStream(sparse_coder.tokenizer.backend_tokenizer, real=0.0, held_out=True)
+    tokens = held_out.read(0, train.HELD_OUT * 128).view(train.HELD_OUT, 128)[:MEASURED, :-1]
+    again = agreement(found.sparse._module, found.dense._module, found.bridges, tokens)
+    for name, values in run.result.agreement.items():
+        torch.testing.assert_close(values, again[name], rtol=1e-4, atol=1e-5)
+        assert run.summary[name] == pytest.approx(float(again[name].mean()), rel=1e-3, abs=1e-3)
+    assert found.dense.name == f"{run.id}/dense" and found.sparse.fingerprint != sparse_coder.fingerprint
+    assert torch.equal(found.dense._module.lm_head.weight, sparse_coder._module.lm_head.weight)
+    counts = nonzero(found.sparse._module)
+    assert run.summary["nonzero"] == counts["nonzero"] == counts["weights"] // 4
+    response = runs.run("bridge-dose", model=run.id, task="with_as", n=3, controls=2).result
+    pairs = [Pairs.of(sample(split(registry.get_task("with_as"), p), found.sparse, 3, 0)) for p in ("train", "test")]
+    [(node, _)] = channel_effects(found.sparse, pairs[0]).top(1)
+    assert response.node == node and len(response.controls) == 2
+    direct = dose_response(found, pairs[1], node, controls=2)
+    torch.testing.assert_close(direct.probability, response.probability, rtol=1e-4, atol=1e-6)
+
+
+def test_where_training_of_bridges_begins(sparse_coder: LanguageModel, bridged_coder: LanguageModel) -> None:
+    given, random = (
+        runs.run("sparse-bridge", model=sparse_coder, dense=bridged_coder.name, tokens=1024, start=start).summary
+        for start in ("given", "random")
+    )
+    assert given["nonzero"] == given["of_weights"] // 4
+    assert given["held_out_loss"] != random["held_out_loss"]
+    with pytest.raises(UserError, match="tokens or of seconds"):
+        runs.run("sparse-bridge", model=sparse_coder, dense=bridged_coder.name, tokens=1024, seconds=1.0)
+
+
+def test_a_model_that_does_not_say_how_it_was_trained_is_refused(quotes: tuple[Bridged, Pairs]) -> None:
+    with pytest.raises(UserError, match="does not say how it was trained"):
+        runs.run("sparse-bridge", model=quotes[0].sparse, dense="./none", tokens=1024)
+    with pytest.raises(UserError, match="has no bridges beside it; `wb run sparse-bridge --model"):
+        runs.run("bridge-dose", model=quotes[0].sparse, task="with_as", n=2)
 
 
 # ---- edits ----

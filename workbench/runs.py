@@ -1,8 +1,9 @@
 """Runs: recorded executions of an analysis on a model and a task.
 
 A run is keyed by everything that decides its result: the analysis and its version and parameters, the versions of other
-analyses and tasks that those name, the model's weights and numerics, the task and its version, how many prompts, and
-the seed; without what the analysis does not take. Asking again with the same key computes nothing.
+analyses and tasks, and the weights of other models, that those name; the model's weights and numerics, the task and its
+version, how many prompts, and the seed; without what the analysis does not take. Asking again with the same key
+computes nothing.
 A run's folder holds `record.json` (key, result, task figures, environment, cost), `arrays.safetensors`, the digests
 of the stored activations it used (`activations.safetensors`), and in `files` what else belongs to the result; it is
 written aside and renamed last, so a folder that exists is whole.
@@ -248,7 +249,9 @@ def key_of(
     named = {word.strip() for value in bound.values() if isinstance(value, str) for word in value.split(",")}
     known = registry.analyses() | registry.tasks()
     versions = {name: known[name].version for name in sorted(named & known.keys())}
-    return key | ({"versions": versions} if versions else {})
+    models = {name: pretrained.fingerprint(name) for name in sorted(named - known.keys() - {""})}
+    models = {name: digest for name, digest in models.items() if digest is not None}
+    return key | ({"versions": versions} if versions else {}) | ({"models": models} if models else {})
 
 
 def task_figures(model: LanguageModel, batch: Batch, store: ActivationStore) -> dict[str, Any]:

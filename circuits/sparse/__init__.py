@@ -1,5 +1,6 @@
-"""Weight-sparse transformers (Gao et al. 2025): data, model, training, pruning to circuits."""
+"""Weight-sparse transformers (Gao et al. 2025): data, model, training, pruning to circuits, bridges to dense models."""
 
+from circuits.sparse import bridge_run as bridge_run
 from circuits.sparse import circuit_figures as circuit_figures
 from circuits.sparse import figures as figures
 from circuits.sparse import files as files

@@ -53,7 +53,7 @@ Direction = Literal["to_sparse", "to_dense"]
 DIRECTIONS: tuple[Direction, ...] = ("to_sparse", "to_dense")
 MEASURED = 32  # held-out sequences on which the bridges are evaluated
 AT_ONCE = 8  # of these
-WEIGHTS, ABOUT = "bridges.safetensors", "bridges.json"
+BESIDE, WEIGHTS, ABOUT = "bridges", "bridges.safetensors", "bridges.json"
 
 
 # ---- maps ----
@@ -377,23 +377,36 @@ class BridgeTraining(Training):
 
 
 def save(trained: TrainedBridges, folder: Path) -> None:
-    """Write a folder with both models (`sparse`, `dense`), each as `files.save` writes it, and the bridges; aside and
-    then renamed. A folder of this name must not exist."""
+    """Write the sparse model as `files.save` does, with the dense one and the bridges in a folder `bridges` beside its
+    weights; aside and then renamed. A folder of this name must not exist."""
     if folder.exists():
         raise UserError(f"{folder} exists; give another name, so that no model is overwritten.")
     tokenizer = backend.wrapped(trained.tokenizer)
     with runs.whole(folder) as aside:
-        files.save(trained.module, tokenizer, aside / "sparse", trained.about)
-        files.save(trained.dense, tokenizer, aside / "dense")
-        fingerprints = {name: pretrained.fingerprint(str(aside.resolve() / name)) for name in ("sparse", "dense")}
-        save_file({name: x.cpu().contiguous() for name, x in trained.bridges.state_dict().items()}, aside / WEIGHTS)
+        files.write(trained.module, tokenizer, aside, trained.about)
+        files.save(trained.dense, tokenizer, aside / BESIDE / "dense")
+        paths = {"sparse": aside.resolve(), "dense": aside.resolve() / BESIDE / "dense"}
+        weights = {name: x.cpu().contiguous() for name, x in trained.bridges.state_dict().items()}
+        save_file(weights, aside / BESIDE / WEIGHTS)
+        fingerprints = {name: pretrained.fingerprint(str(path)) for name, path in paths.items()}
         about = {"config": asdict(trained.bridges.config), **fingerprints}
-        (aside / ABOUT).write_text(json.dumps(about, indent=1))
+        (aside / BESIDE / ABOUT).write_text(json.dumps(about, indent=1))
 
 
-def load(folder: Path) -> Bridged:
-    """Read what `save` wrote. Raises UserError if a part is missing, damaged, or not of the others."""
-    sparse, dense = (LanguageModel.load(str(folder.resolve() / name)) for name in ("sparse", "dense"))
+def beside(sparse: LanguageModel) -> Bridged:
+    """The bridges that `save` wrote beside a sparse model, and the dense model they lead to.
+
+    Raises UserError if there are none, or a part is missing, damaged, or not of the others.
+    """
+    home: Path | None = _module(sparse).folder
+    if home is None or not (home / BESIDE).is_dir():
+        raise UserError(
+            f"{sparse.name} has no bridges beside it; `wb run sparse-bridge --model {sparse.name} --dense MODEL` makes "
+            "a model that has."
+        )
+    folder = home / BESIDE
+    dense = LanguageModel.load(str((folder / "dense").resolve()), device=str(sparse.device))
+    dense.name = f"{sparse.name}/dense"
     try:
         about = json.loads((folder / ABOUT).read_text())
         bridges = Bridges(BridgeConfig(**about["config"]))
@@ -405,7 +418,7 @@ def load(folder: Path) -> Bridged:
     for model, (name, fingerprint) in zip((sparse, dense), recorded.items(), strict=True):
         if model.fingerprint != fingerprint:
             raise UserError(
-                f"{folder / name} is not the model that these bridges were trained with (fingerprint "
+                f"the {name} model of {folder} is not the one that these bridges were trained with (fingerprint "
                 f"{model.fingerprint[:12]}, not {str(fingerprint)[:12]}); put that one back."
             )
-    return Bridged(sparse, dense, bridges.requires_grad_(False))
+    return Bridged(sparse, dense, bridges.to(sparse.device).requires_grad_(False))

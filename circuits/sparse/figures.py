@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from circuits.sparse.bridge_edits import DoseResponse
+from circuits.sparse.bridge_run import BridgeResult
 from circuits.sparse.training_run import SOLVED, SparseTraining
 from workbench import canvas
 from workbench.plots import definition, figure
@@ -55,6 +56,43 @@ def training_figure(result: SparseTraining) -> go.Figure:
 
 @definition.register
 def _(result: SparseTraining) -> str:
+    return result.definition
+
+
+@figure.register
+def bridge_figure(result: BridgeResult) -> go.Figure:
+    """Agreement through the bridges over tokens, and in the end at every boundary."""
+    fig = make_subplots(
+        rows=2, cols=2, horizontal_spacing=0.12, vertical_spacing=0.12, shared_xaxes="columns", shared_yaxes="rows"
+    )
+    last = len(next(iter(result.agreement.values()))) - 1
+    places = [f"{i // 2}.{'mlp' if i % 2 else 'attn'}" if i < last else "end" for i in range(last + 1)]
+    million = canvas.cells(result.curve["tokens"] / 1e6)
+    for direction, colour in (("to_sparse", canvas.POSITIVE), ("to_dense", canvas.NEGATIVE)):
+        for row, kind in ((1, "kl"), (2, "nmse")):
+            for col, x, y in (
+                (1, million, result.curve[f"{kind}_{direction}"]),
+                (2, places, result.agreement[f"{kind}_{direction}"]),
+            ):
+                fig.add_trace(
+                    go.Scatter(
+                        x=x, y=canvas.cells(y), name=direction.replace("_", " "), mode="lines+markers",
+                        line={"color": colour.format(0.9), "width": 2}, marker={"size": 4},
+                        showlegend=row == col == 1, legendgroup=direction,
+                        hovertemplate="%{x}: %{y:.3g}<extra>" + f"{kind}, {direction.replace('_', ' ')}</extra>",
+                    ), row=row, col=col,
+                )  # fmt: skip
+    fig.update_yaxes(title_text="kl, nats per token", row=1, col=1)
+    fig.update_yaxes(title_text="nmse", row=2, col=1)
+    fig.update_yaxes(rangemode="tozero")
+    fig.update_xaxes(title_text="million tokens", row=2, col=1)
+    fig.update_xaxes(title_text="before", row=2, col=2)
+    fig.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+    return canvas.finish(fig, 380, top=30)
+
+
+@definition.register
+def _(result: BridgeResult) -> str:
     return result.definition
 
 

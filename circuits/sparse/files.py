@@ -45,11 +45,16 @@ def save(module: SparseTransformer, tokenizer: Any, folder: Path, about: Mapping
     if folder.exists():
         raise UserError(f"{folder} exists; give another name, so that no model is overwritten.")
     with runs.whole(folder) as aside:
-        (aside / "config.json").write_text(json.dumps(module.config.to_json(), indent=1))
-        save_file(pack(module.state_dict()), aside / WEIGHTS)
-        if about is not None:
-            (aside / "about.json").write_text(json.dumps(about, indent=1))
-        tokenizer.save_pretrained(aside)
+        write(module, tokenizer, aside, about)
+
+
+def write(module: SparseTransformer, tokenizer: Any, folder: Path, about: Mapping[str, Any] | None = None) -> None:
+    """The files of a model, in a folder that exists."""
+    (folder / "config.json").write_text(json.dumps(module.config.to_json(), indent=1))
+    save_file(pack(module.state_dict()), folder / WEIGHTS)
+    if about is not None:
+        (folder / "about.json").write_text(json.dumps(about, indent=1))
+    tokenizer.save_pretrained(folder)
 
 
 def pack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,6 +105,7 @@ def load(folder: Path, dtype: torch.dtype) -> SparseTransformer:
     module.load_state_dict(unpack(packed, module.state_dict()))
     if (folder / "about.json").is_file():
         module.about = json.loads((folder / "about.json").read_text())
+    module.folder = folder
     return module.to(dtype)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -302,6 +303,7 @@ class SparseTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.about: dict[str, Any] = {}  # how it was made, where that is known
+        self.folder: Path | None = None  # where it was read, with what belongs to it
         self.transformer = Stack(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         table = torch.zeros(config.vocab_size, config.vocab_size) if config.enable_bigram_table else None

@@ -134,6 +134,14 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"model": self.model.to_json()}
 
+    @classmethod
+    def of(cls, model: LanguageModel) -> Recipe:
+        """The recipe that a model was trained by. Raises UserError if it does not say."""
+        written = getattr(model._module, "about", {}).get("recipe")
+        if written is None:
+            raise UserError(f"{model.name} does not say how it was trained; models of `wb run sparse-train` do.")
+        return cls(**written | {"model": SparseConfig.from_json(written["model"])})
+
 
 TINY = SparseConfig(vocab_size=512, n_layer=2, d_model=128, n_head=8, block_size=128, afrac=0.25,
                     afrac_loctypes=("attn_in", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out"))  # fmt: skip

@@ -125,10 +125,7 @@ def changed(recipe: Recipe, *, seed: int, **changes: Any) -> Recipe:
         model = replace(model, d_model=width, n_head=width // model.d_head, d_mlp=0)
     if layers is not None:
         model = replace(model, n_layer=layers)
-    if given.keys() >= {"tokens", "seconds"}:
-        raise UserError("training lasts for a number of tokens or of seconds; give one of the two.")
-    if "tokens" in given:
-        given["seconds"] = None
+    recipe = timed(recipe, given.pop("tokens", None), given.pop("seconds", None))
     dense = given.get("density") == 1
     if dense:
         recipe = recipe.dense()
@@ -137,6 +134,13 @@ def changed(recipe: Recipe, *, seed: int, **changes: Any) -> Recipe:
     if afrac is not None:
         model = replace(model, afrac=None if afrac == 1 else afrac)
     return replace(recipe, model=model, seed=seed, **given)
+
+
+def timed(recipe: Recipe, tokens: int | None, seconds: float | None) -> Recipe:
+    """A recipe that lasts for so many tokens or so many seconds; as it was if neither is given."""
+    if tokens is not None and seconds is not None:
+        raise UserError("training lasts for a number of tokens or of seconds; give one of the two.")
+    return recipe if tokens is seconds is None else replace(recipe, tokens=tokens, seconds=seconds)
 
 
 def accuracies(model: LanguageModel, names: tuple[str, ...] = TASKS, n: int = JUDGED_ON) -> dict[str, float]:
