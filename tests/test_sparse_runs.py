@@ -28,6 +28,7 @@ def test_a_trained_model_is_loaded_by_the_runs_id() -> None:
     assert model.fingerprint == pretrained.fingerprint(run.id)
     assert nonzero(model._module) == {"nonzero": run.summary["nonzero"], "weights": run.summary["of_weights"]}
     assert model._module.about["recipe"]["tokens"] == 4096
+    assert all(torch.equal(x, x.half().float()) for x in model._module.parameters())
     found = runs.run("logit-lens", model=run.id, task="with_as", n=4)
     assert found.record["model_name"] == run.id and found.record["key"]["model"] == model.fingerprint
 

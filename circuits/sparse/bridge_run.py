@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.sparse import bridges
+from circuits.sparse import bridges, files
 from circuits.sparse.bridge_edits import DoseResponse, channel_effects, dose_response
 from circuits.sparse.bridges import BridgeTraining, Coupling, TrainedBridges, agreement, beside
 from circuits.sparse.prune import Pairs
@@ -85,6 +85,8 @@ def sparse_bridge(
         start=model if start == "given" else None, device=device, folder=folder.with_name("checkpoints"),
     )  # fmt: skip
     trained = training.run()
+    for module in (trained.module, trained.bridges):
+        files.round_to_half(module)
     if not (folder / "model").exists():
         bridges.save(trained, folder / "model")
     return _result(trained, training.held_out[: bridges.MEASURED, :-1], dense)

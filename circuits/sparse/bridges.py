@@ -386,8 +386,7 @@ def save(trained: TrainedBridges, folder: Path) -> None:
         files.write(trained.module, tokenizer, aside, trained.about)
         files.save(trained.dense, tokenizer, aside / BESIDE / "dense")
         paths = {"sparse": aside.resolve(), "dense": aside.resolve() / BESIDE / "dense"}
-        weights = {name: x.cpu().contiguous() for name, x in trained.bridges.state_dict().items()}
-        save_file(weights, aside / BESIDE / WEIGHTS)
+        save_file(files.pack(trained.bridges.state_dict()), aside / BESIDE / WEIGHTS)
         fingerprints = {name: pretrained.fingerprint(str(path)) for name, path in paths.items()}
         about = {"config": asdict(trained.bridges.config), **fingerprints}
         (aside / BESIDE / ABOUT).write_text(json.dumps(about, indent=1))
@@ -410,7 +409,7 @@ def beside(sparse: LanguageModel) -> Bridged:
     try:
         about = json.loads((folder / ABOUT).read_text())
         bridges = Bridges(BridgeConfig(**about["config"]))
-        bridges.load_state_dict(load_file(folder / WEIGHTS))
+        bridges.load_state_dict(files.unpack(load_file(folder / WEIGHTS), bridges.state_dict()))
         recorded = {"sparse": about["sparse"], "dense": about["dense"]}
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from circuits.sparse.model import MODEL_TYPE, SparseConfig, SparseTransformer
 from workbench import backend, runs
@@ -69,6 +69,13 @@ def pack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             out[name] = _narrow(x).clone()
     return out
+
+
+@torch.no_grad()
+def round_to_half(module: nn.Module) -> None:
+    """Round all weights to what half precision holds, in place, so that they are written in half precision."""
+    for x in module.parameters():
+        x.copy_(x.half())
 
 
 def _narrow(x: Tensor) -> Tensor:

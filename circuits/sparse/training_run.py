@@ -87,7 +87,7 @@ def sparse_train(
     real: float | None = None,
     lr: float | None = None,
 ) -> SparseTraining:
-    """Train a weight-sparse transformer on Python, or with density 1 its dense twin.
+    """Train a weight-sparse transformer on Python, or with density 1 its dense twin; kept in half precision.
 
     preset             size, data and time
     density            share of the weights of each block matrix that is kept; 1: dense, with AdamW as usual
@@ -108,6 +108,7 @@ def sparse_train(
     tokenizer = train_tokenizer(recipe.model.vocab_size, real=recipe.real)
     # Beside what is kept: gone with the other parts once the run is saved.
     trained = Training(recipe, tokenizer, device=device, folder=folder.with_name("checkpoints")).run()
+    files.round_to_half(trained.module)
     if not (folder / "model").exists():
         files.save(trained.module, backend.wrapped(trained.tokenizer), folder / "model", trained.about)
     model = LanguageModel.load(str(folder / "model"), device=device)
