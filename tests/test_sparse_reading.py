@@ -114,3 +114,18 @@ def test_solved_tasks_alone_if_that_is_asked_for(sparse_coder: LanguageModel, mo
     shares["for_while"] = 0.94
     with pytest.raises(UserError, match="solves none of the 20 tasks; name some"):
         runs.run("sparse-tasks", model=sparse_coder, seed=1, **quick)
+
+
+def test_the_table_has_the_circuits_that_pruning_finds(sparse_coder: LanguageModel) -> None:
+    quick = SHORT["sparse-tasks"]
+    table = runs.run("sparse-tasks", model=sparse_coder, **quick).result
+    assert table.reached
+    for task in table.reached:
+        row = table.rows[task]
+        alone = runs.run("sparse-prune", model=sparse_coder, task=task, n=4, controls=False, target=0.7,
+                         settings=1, steps=3).result  # fmt: skip
+        circuit = table.circuit(task, sparse_coder)
+        assert torch.equal(row.kept, alone.pruned.kept) and row.scale == alone.pruned.scale
+        assert circuit.edges == alone.circuit.edges and len(circuit) == row.edges
+    with pytest.raises(UserError, match="circuit of the task"):
+        table.circuit("bananas", sparse_coder)

@@ -290,16 +290,22 @@ class Question:
         self, kept: Tensor, scale: tuple[float, float], reached: float, settings: Settings, without: Tensor | None
     ) -> Pruned:
         channels, pairs = self.find.channels, self.find.pairs
-        circuit = Circuit(
-            channels.graph, channels.between(kept),
+        circuit = circuit_of(
+            channels, kept, pairs.task,
             f"fewest channels of largest gate with {pairs.task} loss at most {self.target:g} nats on {len(pairs)} "
             f"pairs, ablation {self.ablation}{', norms frozen' if self.freeze_norms else ''}"
-            f"{'' if without is None else f', {int(without.sum())} channels held at their fill'}; edges: nonzero "
-            "weights between them",
-            channels.model.name, pairs.task, "sparse-prune", channels.weights,
+            f"{'' if without is None else f', {int(without.sum())} channels held at their fill'}",
         )  # fmt: skip
         names = tuple(name for name, is_kept in zip(channels.names, kept.tolist(), strict=True) if is_kept)
         return Pruned(circuit, names, kept, scale, reached, self.judge.loss(kept.float(), scale), self.whole, settings)
+
+
+def circuit_of(channels: Channels, kept: Bool[Tensor, " channel"], task: str, definition: str) -> Circuit:
+    """Some channels as a circuit on the graph of all nonzero weights: its edges are those between them."""
+    return Circuit(
+        channels.graph, channels.between(kept), f"{definition}; edges: nonzero weights between them",
+        channels.model.name, task, "sparse-prune", channels.weights,
+    )  # fmt: skip
 
 
 def ask(

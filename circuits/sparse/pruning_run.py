@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuits.graph import Circuit
@@ -17,13 +17,13 @@ from circuits.sparse.ablations import Necessity, necessity
 from circuits.sparse.channels import Channels
 from circuits.sparse.data import TokenStream
 from circuits.sparse.masked import Ablated
-from circuits.sparse.prune import SEARCH, Pruned, Question, Settings, ask
+from circuits.sparse.prune import SEARCH, Pruned, Question, Settings, ask, circuit_of
 from circuits.sparse.reading import Reading, read
 from circuits.sparse.training_run import SOLVED, accuracies
 from circuits.sparse.validate import Validation, geometric_mean, validate
 from workbench import parts, registry
 from workbench.activations import ActivationStore
-from workbench.errors import UserError
+from workbench.errors import UserError, unknown
 from workbench.models import LanguageModel
 from workbench.prompts import Batch, Task, sample, split
 from workbench.registry import analysis
@@ -121,6 +121,7 @@ class Row:
     """One task: held-out accuracy and loss of the whole model, and of the smallest circuit; None where none was found.
 
     without, random  change of the loss without the circuit's channels, and largest of those without as many others
+    kept, scale      the circuit's channels, and scale and shift of the answers' difference
     """
 
     accuracy: float
@@ -131,6 +132,8 @@ class Row:
     held_out: float | None = None
     without: float | None = None
     random: float | None = None
+    kept: Bool[Tensor, " channel"] | None = None
+    scale: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,16 @@ class TaskCircuits:
         """Edges by task, where a circuit was found."""
         return {name: row.edges for name, row in self.rows.items() if row.edges is not None}
 
+    def circuit(self, task: str, model: LanguageModel) -> Circuit:
+        """The circuit of a task, in the model it was found in. Raises UserError if there is none."""
+        row = self.rows.get(task)
+        if row is None or row.kept is None:
+            raise unknown("circuit of the task", task, self.reached)
+        channels = Channels(model)
+        if len(channels) != len(row.kept):
+            raise UserError(f"{model.name} has {len(channels)} channels, not {len(row.kept)}; load {self.model}.")
+        return circuit_of(channels, row.kept, task, self.definition)
+
     def summary(self) -> dict[str, Any]:
         return {
             "tasks": len(self.rows),
@@ -166,7 +179,7 @@ def sparse_tasks(
     store: ActivationStore,
     seed: int,
     *,
-    tasks: str = "all",
+    tasks: str = "solved",
     pairs: int = 128,
     target: float = 0.15,
     ablation: Ablated = "mean",
@@ -216,5 +229,5 @@ def row_of(question: Question, accuracy: float, search: Sequence[Settings], seed
     needed: Necessity = necessity(question, best.kept, draws=10, seed=seed)
     return Row(
         accuracy, question.whole, best.loss, len(best.nodes), len(best.circuit), best.held_out,
-        needed.without - needed.whole, float((needed.random - needed.whole).max()),
+        needed.without - needed.whole, float((needed.random - needed.whole).max()), best.kept, best.scale,
     )  # fmt: skip

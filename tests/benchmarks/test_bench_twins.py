@@ -36,12 +36,8 @@ ATTEMPTS = 8
 SIZES = {"tiny": 3_000_000, "small": 8_000_000}
 ARMS = {"dense": {}, "dense, AbsTopK": {"afrac": 0.25}, "dense, narrow": {"width": 0.5}}
 WIDTHS, DENSITIES = (128, 256), (1 / 8, 1 / 16, 1 / 32)
-SEARCH: dict[str, Any] = {
-    "tasks": "solved" if not harness.QUICK else "all",
-    "pairs": harness.size(64, 8),
-    "settings": harness.size(2, 1),
-    "steps": harness.size(200, 3),
-}
+QUICK: dict[str, Any] = {"tasks": "all", "pairs": 8, "settings": 1, "steps": 3}
+SEARCH: dict[str, Any] = harness.size({}, QUICK)  # else the defaults
 
 
 def trained(preset: str, **options: Any) -> runs.Run:
@@ -84,6 +80,7 @@ def table_of(run: runs.Run) -> dict[str, Any]:
         "tokens": run.summary["tokens"],
         "nonzero": run.summary["nonzero"],
         "of_weights": run.summary["of_weights"],
+        "search": found.record["key"]["parameters"],
         "tasks_solved": run.summary["tasks_solved"],
         "edges": {name: row.edges for name, row in rows.items() if row.edges is not None},
         "nodes": {name: row.nodes for name, row in rows.items() if row.nodes is not None},
@@ -124,7 +121,7 @@ def test_sparse_against_dense(size: str, home: Path) -> None:
         twin = matched(size, loss_of(run), tokens // 2, **{"width": width, **layers, **more})
         models[arm] = table_of(twin)
         found[arm] = against(models["sparse"], models[arm])
-        harness.record(f"twins-{size}", {"within": WITHIN, "search": SEARCH, "ratios": found, "models": models})
+        harness.record(f"twins-{size}", {"within": WITHIN, "ratios": found, "models": models})
 
 
 @pytest.mark.slow
