@@ -11,7 +11,7 @@ from typing import Any
 import streamlit as st
 from plotly.graph_objects import Figure
 
-from workbench import canvas, runs, settings
+from workbench import canvas, places, runs
 from workbench.errors import UserError
 from workbench.runs import Run
 
@@ -33,13 +33,12 @@ def damaged(run: Run, error: Exception) -> UserError:
 
 def listing() -> tuple[list[dict[str, Any]], list[str]]:
     """A row for each readable run, newest first, and a sentence for each other one."""
-    root = settings.home() / "runs"
-    # A run never changes once it is there, so the folder's own time tells whether there are others.
-    return _listing(str(root), root.stat().st_mtime_ns) if root.is_dir() else ([], [])
+    # A run never changes once it is there, so a folder's own time tells whether there are others.
+    return _listing(tuple((str(root), root.stat().st_mtime_ns) for root in places.roots()))
 
 
 @st.cache_data(max_entries=2, show_spinner=False)
-def _listing(root: str, changed: int) -> tuple[list[dict[str, Any]], list[str]]:
+def _listing(changed: tuple[tuple[str, int], ...]) -> tuple[list[dict[str, Any]], list[str]]:
     found, sentences = runs.all_runs()
     rows = []
     for run in found:

@@ -30,7 +30,7 @@ from circuits.sparse import bridges
 from circuits.sparse.data import train_tokenizer
 from circuits.sparse.model import SparseConfig, SparseTransformer
 from circuits.sparse.train import Recipe
-from workbench import cli, registry, settings
+from workbench import cli, places, registry, settings
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel
 from workbench.tasks.python_code import TASKS
@@ -97,6 +97,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "home"
     monkeypatch.setenv("WORKBENCH_HOME", str(path))
     monkeypatch.delenv("WORKBENCH_DEVICE", raising=False)
+    monkeypatch.setattr(places, "_shipped", [])
     return path
 
 

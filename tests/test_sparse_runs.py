@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from circuits.sparse import train, training_run
 from circuits.sparse.train import PRESETS, nonzero
 from circuits.sparse.training_run import changed
 from tests.conftest import QUICK, Wb
-from workbench import pretrained, runs
+from workbench import places, pretrained, runs
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 
@@ -31,6 +33,20 @@ def test_a_trained_model_is_loaded_by_the_runs_id() -> None:
     assert all(torch.equal(x, x.half().float()) for x in model._module.parameters())
     found = runs.run("logit-lens", model=run.id, task="with_as", n=4)
     assert found.record["model_name"] == run.id and found.record["key"]["model"] == model.fingerprint
+
+
+def test_a_run_that_comes_with_a_package_is_like_one_that_was_made_here(tmp_path: Path, wb: Wb) -> None:
+    run = runs.run("sparse-train", **LITTLE)
+    shutil.move(run.folder, tmp_path / "shipped" / run.id)
+    with pytest.raises(UserError, match="no run is called"):
+        runs.get_run(run.id)
+    places.ship(tmp_path / "shipped")
+    again = runs.run("sparse-train", **LITTLE)
+    assert again.hit and again.summary == run.summary and again.folder == tmp_path / "shipped" / run.id
+    assert [found.id for found in runs.all_runs()[0]] == [run.id] and run.id in wb("runs")[1]
+    found = runs.run("logit-lens", model=run.id, task="with_as", n=2)
+    assert {one.id for one in runs.all_runs()[0]} == {run.id, found.id}
+    assert found.folder.parent != again.folder.parent
 
 
 def test_the_accuracy_is_that_of_single_prompts() -> None:

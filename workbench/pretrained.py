@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench import plugins, settings
+from workbench import places, plugins, settings
 from workbench.errors import UserError, unknown
 
 log = logging.getLogger(__name__)
@@ -158,8 +158,9 @@ def _here(name: str) -> Path | None:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} has no config.json; give the folder that holds a model's weights.")
         return folder
-    made = settings.home() / "runs" / name / "files" / "model"
-    return made if re.fullmatch(r"[a-z0-9_-]+", name) and (made / "config.json").is_file() else None
+    run = places.folder_of(name) if re.fullmatch(r"[a-z0-9_-]+", name) else None
+    made = None if run is None else run / "files" / "model"
+    return made if made is not None and (made / "config.json").is_file() else None
 
 
 def check_once(source: Source, numerics: str, check: Callable[[], dict[str, float]]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from workbench import activations, parts, pretrained, registry, results, settings
+from workbench import activations, parts, places, pretrained, registry, results, settings
 from workbench.activations import ActivationStore, inventory
 from workbench.activations.keys import Scope
 from workbench.errors import UserError, unknown
@@ -210,9 +210,10 @@ def find(
         fingerprint = "" if model is None else pretrained.fingerprint(model)
         how = numerics(dtype, device or settings.device())
     key = key_of(chosen, task, n, seed, parameters, fingerprint or "", how)
-    id = _id(key)
-    folder = settings.home() / "runs" / id
-    return Run(id, folder, _read(folder), True, 0.0, 0) if fingerprint is not None and folder.is_dir() else None
+    folder = places.folder_of(_id(key))
+    if fingerprint is None or folder is None:
+        return None
+    return Run(folder.name, folder, _read(folder), True, 0.0, 0)
 
 
 def _named(value: Any) -> str:
@@ -282,11 +283,10 @@ def task_figures(model: LanguageModel, batch: Batch, store: ActivationStore) -> 
 
 def all_runs() -> tuple[list[Run], list[str]]:
     """Every readable run, newest first, and a sentence for each folder that cannot be read."""
-    root = settings.home() / "runs"
     found, sentences = [], []
-    for folder in root.glob("[!.]*") if root.is_dir() else ():
+    for name in places.names():
         try:
-            found.append(get_run(folder.name))
+            found.append(get_run(name))
         except UserError as error:
             sentences.append(str(error))
     return sorted(found, key=lambda run: str(run.record["created"]), reverse=True), sorted(sentences)
@@ -294,11 +294,10 @@ def all_runs() -> tuple[list[Run], list[str]]:
 
 def get_run(id: str) -> Run:
     """A run by id. Raises UserError for an unknown id or a damaged folder."""
-    root = settings.home() / "runs"
-    if not re.fullmatch(r"[a-z0-9_-]{1,200}", id) or not (root / id).is_dir():
-        known = [path.name for path in root.glob("[!.]*")] if root.is_dir() else []
-        raise unknown("run", id[:200], known)
-    return Run(id, root / id, _read(root / id), True, 0.0, 0)
+    folder = places.folder_of(id) if re.fullmatch(r"[a-z0-9_-]{1,200}", id) else None
+    if folder is None:
+        raise unknown("run", id[:200], places.names())
+    return Run(id, folder, _read(folder), True, 0.0, 0)
 
 
 def command(key: Mapping[str, Any], model: LanguageModel | None, dtype: str, device: str) -> str:
