@@ -61,17 +61,17 @@ def matched(preset: str, loss: float, tokens: int, **options: Any) -> runs.Run:
         bounds[loss_of(run) < loss] = math.log(tokens)
         few, many = bounds
         if few is None:
-            tokens = round(tokens / 1.5)
+            tokens = round(tokens / 2)
         elif many is None:
-            tokens = round(tokens * 1.5)
+            tokens = round(tokens * 2)
         else:
             tokens = round(math.exp((few + many) / 2))
     raise AssertionError(f"no dense twin ends within {WITHIN} of {loss:.3f}: {tried}")
 
 
-def table_of(run: runs.Run) -> dict[str, Any]:
+def table_of(run: runs.Run, **options: Any) -> dict[str, Any]:
     """Circuits of all solved tasks, with loss and accuracies."""
-    found = runs.run("sparse-tasks", model=run.id, **SEARCH)
+    found = runs.run("sparse-tasks", model=run.id, **(options | SEARCH))
     rows = found.result.rows
     return {
         "train": run.record["command"],
@@ -118,7 +118,7 @@ def test_sparse_against_dense(size: str, home: Path) -> None:
         if "width" in more:
             more["width"] = int(width * more["width"])
         layers = {name: value for name, value in few.items() if name == "layers"}
-        twin = matched(size, loss_of(run), tokens // 2, **{"width": width, **layers, **more})
+        twin = matched(size, loss_of(run), tokens // 8, **{"width": width, **layers, **more})
         models[arm] = table_of(twin)
         found[arm] = against(models["sparse"], models[arm])
         harness.record(f"twins-{size}", {"within": WITHIN, "ratios": found, "models": models})
@@ -133,7 +133,7 @@ def test_frontier(width: int, density: float, home: Path) -> None:
     options: dict[str, Any] = {"width": width, "density": density, "embedding_density": min(1.0, 2 * density)}
     if harness.QUICK:
         options |= {"layers": 1, "density": 0.5}
-    model = table_of(trained("tiny", tokens=tokens, **options))
+    model = table_of(trained("tiny", tokens=tokens, **options), settings=1)
     edges = list(model["edges"].values())
     mean = round(geometric_mean(edges), 1) if edges else None
     name = f"frontier-{width}-{round(1 / density)}"
