@@ -31,8 +31,6 @@ MODEL = SparseConfig(vocab_size=300, n_layer=2, d_model=32, n_head=4, d_head=8, 
 RECIPE = Recipe(MODEL, density=0.25, embedding_density=0.5, per_neuron=2, tokens=16 * 4 * 32, batch=4, length=32)
 BY_CLOCK = replace(RECIPE, tokens=None, seconds=6.0)
 STOP = 9  # steps after which the second process is killed
-# Slow, and on a machine whose cores are all busy gloo now and then refuses a connection between the two.
-pytestmark = pytest.mark.slow
 
 
 def ticking(tick: float, stop: int | None = None) -> Callable[[], float]:

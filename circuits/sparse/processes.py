@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from workbench.errors import UserError
 
@@ -26,7 +29,12 @@ from workbench.errors import UserError
 def join(device: str) -> None:
     """Meet the other processes, if `torchrun` started this one; on CUDA, take the GPU that is this one's."""
     if dist.is_torchelastic_launched() and not dist.is_initialized():
-        PartialState(cpu=True) if device == "cpu" else PartialState(backend="cuda:nccl,cpu:gloo")
+        # Under the number of this attempt: after a restart the store still has addresses of processes that are gone.
+        store, rank, size = next(rendezvous("env://"))
+        store = PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        backend = "gloo" if device == "cpu" else "cuda:nccl,cpu:gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        PartialState(cpu=device == "cpu")  # takes the GPU
         atexit.register(dist.destroy_process_group)
 
 
