@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from circuits.sparse import prune as module
 from circuits.sparse.channels import Channels
 from circuits.sparse.model import SparseConfig, SparseTransformer
 from circuits.sparse.prune import (
+    HELD,
     SEARCH,
     Masked,
     Pairs,
@@ -244,14 +246,46 @@ def test_edges_are_counted_as_by_hand() -> None:
     assert int(channels.between(kept).sum()) == 4
 
 
+def test_a_price_that_holds_the_loss_rises_and_falls_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recomputed from the losses that were met; gates begin in order of attribution."""
+    model, some = by_hand()
+    channels = Channels(model)
+    masked = Masked(channels, some, fills(channels, some, "zero"))
+    met, prices, begun = [], [], []
+    monkeypatch.setattr(module, "loss", lambda odds: met.append(loss(odds)) or met[-1])
+
+    def spied(start: Tensor, objective: Callable[[Tensor], Tensor], settings: Settings) -> Tensor:
+        begun.append(start)
+        for mask in (torch.ones(len(start)), torch.zeros(len(start)), torch.ones(len(start)), torch.ones(len(start))):
+            mask.requires_grad_()
+            total = objective(mask)
+            ones = max(1.0, float(mask.detach().sum()))
+            prices.append(float((total - met[-1]).detach()) / ones)
+        return start
+
+    monkeypatch.setattr(module, "descend", spied)
+    learn(masked, HELD, target=0.3)
+    expected, price = [], HELD.k_coef
+    for value in met:
+        expected.append(price)
+        price *= math.exp(0.1 * max(-1.0, 1 - float(value.detach()) / 0.2))
+    assert prices[0] == pytest.approx(expected[0], rel=1e-3) and prices[1] == 0
+    assert prices[2:] == pytest.approx(expected[2:], rel=1e-3)
+    assert expected[1] > expected[0] and expected[2] < min(expected[1], expected[3])
+    few = attribution(masked.part(torch.arange(min(16, len(some)))))
+    assert torch.equal(begun[0].argsort(), few.argsort(stable=True))
+    assert float(begun[0].min()) == pytest.approx(0.02) and float(begun[0].max()) < 0.62
+
+
+@pytest.mark.parametrize("settings", [Settings(k_coef=1e-4, lr=3e-2, steps=100), replace(HELD, steps=100)])
 @pytest.mark.parametrize("ablation", ["zero", "task-mean"])
-def test_the_circuit_that_was_put_there_is_found_and_nothing_else(ablation: module.Ablated) -> None:
+def test_the_circuit_that_was_put_there_is_found_and_nothing_else(ablation: module.Ablated, settings: Settings) -> None:
     model, some = by_hand()
     channels = Channels(model)
     masked = Masked(channels, some, fills(channels, some, ablation))
     whole = masked.loss(torch.ones(len(channels)))
     assert whole < 0.1
-    kept, scale, reached = smallest(masked, learn(masked, Settings(k_coef=1e-4, lr=3e-2, steps=100)), 0.15)
+    kept, scale, reached = smallest(masked, learn(masked, settings), 0.15)
     found = {name for name, is_kept in zip(channels.names, kept.tolist(), strict=True) if is_kept}
     assert found == set(TRUE) and reached <= 0.15
     assert masked.loss(kept.float(), scale) == pytest.approx(reached, rel=1e-4)

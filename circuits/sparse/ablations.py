@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.sparse.masked import Ablated, Masked, accuracy, calibrated, loss, rescaled
-from circuits.sparse.prune import Pruned, Question, Settings, descend
+from circuits.sparse.prune import Pruned, Question, Settings, descend, gates
 from workbench.errors import UserError
 
 CALIBRATIONS = ("refitted", "plain", "scaled")
@@ -228,7 +228,7 @@ def _adversary(find: Masked, found: Pruned, settings: Settings, seed: int) -> Bo
             most, ablated = float(value.detach()), mask.detach() == 0
         return -value
 
-    descend(len(found.kept), objective, settings, seed)
+    descend(gates(len(found.kept), settings, seed), objective, settings)
     return ablated
 
 
