@@ -32,8 +32,8 @@ from workbench import runs
 
 WITHIN = 0.02  # nats, in which losses count as equal
 ATTEMPTS = 8
-# Preset and tokens of the sparse model.
-SIZES = {"tiny": 3_000_000, "small": 8_000_000}
+# Preset, tokens of the sparse model, and of the first dense twin that is tried.
+SIZES = {"tiny": (3_000_000, 750_000), "small": (8_000_000, 5_250_000)}
 ARMS = {"dense": {}, "dense, AbsTopK": {"afrac": 0.25}, "dense, narrow": {"width": 0.5}}
 WIDTHS, DENSITIES = (128, 256), (1 / 8, 1 / 16, 1 / 32)
 QUICK: dict[str, Any] = {"tasks": "all", "pairs": 8, "settings": 1, "steps": 3}
@@ -107,7 +107,7 @@ def home(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_sparse_against_dense(size: str, home: Path) -> None:
-    tokens = harness.size(SIZES[size], 8192)
+    tokens, first = harness.size(SIZES[size], (8192, 4096))
     few: dict[str, Any] = {} if not harness.QUICK else {"width": 32, "layers": 1, "density": 0.5}
     run = trained(size, tokens=tokens, **few)
     width = few.get("width", PRESETS[size].model.d_model)
@@ -118,7 +118,7 @@ def test_sparse_against_dense(size: str, home: Path) -> None:
         if "width" in more:
             more["width"] = int(width * more["width"])
         layers = {name: value for name, value in few.items() if name == "layers"}
-        twin = matched(size, loss_of(run), tokens // 8, **{"width": width, **layers, **more})
+        twin = matched(size, loss_of(run), first, **{"width": width, **layers, **more})
         models[arm] = table_of(twin)
         found[arm] = against(models["sparse"], models[arm])
         harness.record(f"twins-{size}", {"within": WITHIN, "ratios": found, "models": models})
