@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from circuits.sparse import train, training_run
+from circuits.sparse import files, train, training_run
+from circuits.sparse.model import SparseConfig, SparseTransformer
 from circuits.sparse.train import PRESETS, nonzero
 from circuits.sparse.training_run import changed
 from tests.conftest import QUICK, Wb
@@ -138,3 +139,16 @@ def test_the_figure_ends_where_training_ended() -> None:
     assert lines["held-out loss"].y[-1] == pytest.approx(result.summary()["held_out_loss"], abs=1e-3)
     assert lines["density"].y[-1] == pytest.approx(0.5)
     assert torch.tensor(lines["loss"].x[-1]) == pytest.approx(4096 / 1e6)
+
+
+def test_rounding_keeps_every_weight() -> None:
+    module = SparseTransformer(SparseConfig(50, 1, 16, 2, block_size=16), torch.Generator().manual_seed(0))
+    weight = module.lm_head.weight.data
+    weight[:2, 0] = torch.tensor([1e-9, -3e-8])
+    weight[2] = 0
+    before = {name: x.clone() for name, x in module.named_parameters()}
+    files.round_to_half(module)
+    for name, x in module.named_parameters():
+        assert torch.equal(x != 0, before[name] != 0) and torch.equal(x, x.half().float())
+        assert torch.equal(x.sign(), before[name].sign())
+        torch.testing.assert_close(x, before[name], rtol=2**-11, atol=6e-8)

@@ -23,6 +23,7 @@ from workbench import backend, runs
 from workbench.errors import UserError
 
 WEIGHTS = "model.safetensors"
+SMALLEST = 2.0**-24  # above 0 in half precision
 # Keys of `beeg_config.json` that say nothing about what a trained model computes.
 _TRAINING_ONLY = {
     "afrac_approx", "bigram_table_rank", "debug_exact_topk", "debug_nans", "dropout_cat_pos_emb", "expansion_factor",
@@ -73,9 +74,14 @@ def pack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def round_to_half(module: nn.Module) -> None:
-    """Round all weights to what half precision holds, in place, so that they are written in half precision."""
+    """Round all weights to what half precision holds, in place, so that they are written in half precision.
+
+    None becomes 0: the smallest number of half precision stands for those that are smaller.
+    """
     for x in module.parameters():
-        x.copy_(x.half())
+        rounded = x.half()
+        lost = (rounded == 0) & (x != 0)
+        x.copy_(torch.where(lost, torch.copysign(torch.full_like(x, SMALLEST), x), rounded.to(x.dtype)))
 
 
 def _narrow(x: Tensor) -> Tensor:
