@@ -62,7 +62,7 @@ def sparse_prune(
     target: float = 0.15,
     ablation: Ablated = "mean",
     freeze_norms: bool = False,
-    settings: int = 2,
+    settings: int = 3,
     steps: int = Settings.steps,
     controls: bool = True,
     real: float | None = None,
@@ -183,7 +183,7 @@ def sparse_tasks(
     pairs: int = 128,
     target: float = 0.15,
     ablation: Ablated = "mean",
-    settings: int = 2,
+    settings: int = 3,
     steps: int = Settings.steps,
     real: float | None = None,
 ) -> TaskCircuits:
