@@ -35,6 +35,7 @@ def table(shown: list[dict[str, Any]]) -> None:
         [{name: value for name, value in row.items() if name != "run"} for row in shown],
         key="table",
         hide_index=True,
+        placeholder="",
         height=min(36 * (len(shown) + 1) + 2, 640),
         row_height=36,
         on_select="rerun",

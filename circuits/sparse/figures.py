@@ -32,8 +32,9 @@ def training_figure(result: SparseTraining) -> go.Figure:
         title = name.replace("_", " ").replace("held out", "held-out")
         fig.add_trace(
             go.Scatter(
-                x=canvas.cells(million), y=canvas.cells(result.curve[name]), name=title, mode="lines+markers",
-                line={"color": colour.format(0.9), "width": 2}, marker={"size": 4},
+                x=canvas.cells(million), y=canvas.cells(result.curve[name]), name=title,
+                mode="lines" if name == "loss" else "lines+markers", marker={"size": 4},  # of one batch: noise
+                line={"color": colour.format(0.35 if name == "loss" else 0.9), "width": 1 if name == "loss" else 2},
                 hovertemplate="%{x:.2f} M tokens: %{y:.3g}<extra>" + title + "</extra>",
             ), row=row, col=1,
         )  # fmt: skip
