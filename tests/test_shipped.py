@@ -5,16 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from circuits.sparse.channels import Channels
 from circuits.sparse.data import TokenStream
-from circuits.sparse.prune import ask
-from circuits.sparse.pruning_run import stream_of
 from circuits.sparse.shipped import DATA, names
-from circuits.sparse.train import loss_of, nonzero
+from circuits.sparse.train import HELD_OUT, loss_of, nonzero
 from circuits.sparse.training_run import SparseTraining, accuracies
-from workbench import places, pretrained, registry, runs
+from workbench import places, pretrained, runs
 from workbench.models import LanguageModel
-from workbench.prompts import sample, split
 
 SOME = ("single_double_quote", "with_as", "for_while")
 
@@ -50,28 +46,13 @@ def test_a_model_is_as_sparse_and_as_good_as_its_run_says(name: str) -> None:
 
 
 def test_the_twin_has_the_loss_of_the_sparse_model() -> None:
-    """On generated text alone here; on the mixture that they were trained on, within 0.02, as their runs say."""
+    """As their runs say, and measured again on what is written; the text has parts of this interpreter's library."""
     models = [LanguageModel.load(name) for name in ("pycode-small", "pycode-small-dense")]
-    said = [runs.get_run(names()[model.name]["run"]).result.curve["held_out_loss"][-1] for model in models]
-    assert abs(float(said[0] - said[1])) <= 0.02
+    said = [float(runs.get_run(names()[m.name]["run"]).result.curve["held_out_loss"][-1]) for m in models]
+    assert abs(said[0] - said[1]) <= 0.02
     bpe = models[0].tokenizer.backend_tokenizer
     assert models[1].tokenizer.get_vocab() == models[0].tokenizer.get_vocab()
-    rows = TokenStream(bpe, real=0.0, held_out=True).read(0, 64 * 128).view(64, 128)
+    rows = TokenStream(bpe, seed=0, real=0.25, held_out=True).read(0, HELD_OUT * 128).view(HELD_OUT, 128)
     with torch.no_grad():
-        one, other = (float(loss_of(model._module, rows)) for model in models)
-    assert one == pytest.approx(other, abs=0.1) and one < 2
-
-
-@pytest.mark.parametrize("id", sorted(path.name for path in (DATA / "runs").glob("sparse-tasks-*")))
-def test_a_circuit_does_what_the_table_says(id: str) -> None:
-    run = runs.get_run(id)
-    model, table = LanguageModel.load(run.record["model_name"]), run.result
-    assert run.record["key"]["model"] == model.fingerprint and len(table.reached) >= 8
-    task = min(table.reached, key=lambda task: table.reached[task])
-    row, circuit = table.rows[task], table.circuit(task, model)
-    assert row.kept is not None and row.scale is not None and row.held_out is not None
-    assert len(circuit) == row.edges == int(Channels(model).between(row.kept).sum())
-    train, test = (sample(split(registry.get_task(task), part), model, 64, 1) for part in ("train", "test"))
-    question = ask(model, train, test, stream_of(model))
-    alone = question.judge.loss(row.kept.float(), row.scale)  # of other prompts, and of this machine's library
-    assert alone == pytest.approx(row.held_out, abs=0.1)
+        found = [float(torch.stack([loss_of(m._module, part) for part in rows.split(64)]).mean()) for m in models]
+    assert found == pytest.approx(said, abs=0.05) and abs(found[0] - found[1]) <= 0.03
