@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,12 +53,29 @@ def test_a_part_that_cannot_be_read_is_computed_again(tmp_path: Path) -> None:
     with pytest.raises(Stopped), parts.kept_in(folder):
         parts.once("one", Value, value)
         refuse()
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("*.safetensors")
     whole = path.read_bytes()
     for broken in (b"", whole[: len(whole) // 2], whole.replace(b"number", b"nomber")):
         path.write_bytes(broken)
         with pytest.raises(Stopped), parts.kept_in(folder) as kept:
             assert equal(parts.once("one", Value, lambda: value(3.0)), value(3.0)) and kept.found == 0
+            refuse()
+
+
+def test_seconds_are_those_of_all_attempts(tmp_path: Path) -> None:
+    """Up to the last part that an attempt kept: what came after it is done again, and is counted then."""
+    earlier = 0.0
+    for name in ("one", "two"):
+        with pytest.raises(Stopped), parts.kept_in(tmp_path / "run") as kept:
+            assert kept.earlier == earlier
+            time.sleep(0.05)
+            parts.once(name, Value, value)
+            earlier, before = kept.seconds, earlier
+            time.sleep(0.05)
+            refuse()
+        with pytest.raises(Stopped), parts.kept_in(tmp_path / "run") as kept:
+            assert before + 0.05 <= kept.earlier <= earlier
+            earlier = kept.earlier
             refuse()
 
 
@@ -101,6 +119,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_the_next_method(
             found = run()
         assert begun == expected
     assert found.record["cost"]["parts_of_earlier_attempts"] == 2 and not any((home / "parts").iterdir())
+    assert found.record["cost"]["seconds"] > found.seconds
     (home / "runs" / found.id).rename(home / "before")
     begun.clear()
     whole = run()

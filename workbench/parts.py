@@ -12,10 +12,11 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,14 +28,29 @@ from workbench.errors import UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+SECONDS = "seconds"  # the file
 
 
 @dataclass
 class Parts:
-    """found: how many parts an earlier attempt had finished."""
+    """
+    found    how many parts an earlier attempt had finished
+    earlier  seconds that earlier attempts took, up to the last that they kept
+    """
 
     folder: Path
     found: int = 0
+    earlier: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        if (self.folder / SECONDS).exists():
+            self.earlier = float((self.folder / SECONDS).read_text())
+
+    @property
+    def seconds(self) -> float:
+        """Of all attempts so far."""
+        return self.earlier + time.perf_counter() - self.started
 
 
 _current: ContextVar[Parts | None] = ContextVar("parts", default=None)
@@ -73,7 +89,18 @@ def once(name: str, kind: type[T], compute: Callable[[], T]) -> T:
             return value
     value = compute()
     _write(path, value)
+    mark()
     return value
+
+
+def mark() -> None:
+    """Note the time, when something is kept that the next attempt need not do again."""
+    parts = _current.get()
+    if parts is not None:
+        settings.writable_folder(parts.folder)
+        aside = parts.folder / f"{SECONDS}.writing"
+        aside.write_text(str(parts.seconds))
+        os.replace(aside, parts.folder / SECONDS)
 
 
 def _read(path: Path, kind: type[T]) -> T:

@@ -164,7 +164,8 @@ def run(
         passes = model.forward_passes - passes if model else 0
         encoded, arrays = results.encode(result)
         used, sequences = inventory.pack_used(store.used or {})
-        cost = {"seconds": round(seconds, 3), "forward_passes": passes, "store": asdict(store.stats())}
+        # A run that was stopped cost what all its attempts did.
+        cost = {"seconds": round(before.earlier + seconds, 3), "forward_passes": passes, "store": asdict(store.stats())}
         record = {
             "id": id,
             "key": key,

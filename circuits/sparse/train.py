@@ -42,7 +42,7 @@ from circuits.sparse import processes
 from circuits.sparse.data import TokenStream
 from circuits.sparse.model import SparseConfig, SparseTransformer
 from circuits.sparse.topk import Neurons, drop_weights
-from workbench import runs
+from workbench import parts, runs
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 
@@ -410,6 +410,7 @@ class Training:
         packed = {name: x.detach().cpu().contiguous() for name, x in state.items()}
         save_file(packed, aside, {"about": json.dumps(about)})
         os.replace(aside, self.folder / CHECKPOINT)
+        parts.mark()
 
     def _resume(self, path: Path) -> None:
         try:
