@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from circuits.sparse import processes, train
+from circuits.sparse import train
 from circuits.sparse.data import train_tokenizer
 from circuits.sparse.model import SparseConfig
 from circuits.sparse.train import Recipe, Training
+from workbench import processes
 from workbench.errors import UserError
 
 MODEL = SparseConfig(vocab_size=300, n_layer=2, d_model=32, n_head=4, d_head=8, block_size=32, afrac=0.5)

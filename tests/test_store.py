@@ -399,6 +399,22 @@ def test_stream_gives_each_row_once_shuffled_and_resumes(tiny: LanguageModel, st
     assert torch.equal(aligned[OUT], batches[0])
 
 
+@pytest.mark.parametrize("skip", [1, 3])
+def test_a_stream_leaves_out_the_first_positions_of_each_sequence(
+    skip: int, tiny: LanguageModel, store: ActivationStore
+) -> None:
+    rows = sequences(40)
+    options = {"rows": 16, "window": 60, "seed": 5, "skip": skip}
+    expected = torch.cat([x[skip:] for x in store.get(tiny, rows, [OUT])[OUT]])
+    stream = store.stream(tiny, rows, [OUT], **options)
+    batches = [b[OUT] for b in stream]
+    as_keys = [Counter(row.numpy().tobytes() for row in x) for x in (torch.cat(batches), expected)]
+    assert as_keys[0] == as_keys[1] and len(batches) == len(stream)
+    for start in (1, len(batches) - 1):
+        rest = [b[OUT] for b in store.stream(tiny, rows, [OUT], start=start, **options)]
+        assert all(torch.equal(a, b) for a, b in zip(rest, batches[start:], strict=True))
+
+
 def test_unknown_hooks_and_codecs_are_refused(tiny: LanguageModel, store: ActivationStore, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean"):
         store.get(tiny, sequences(1), ["blocks.1.attn.hook_zz"])

@@ -41,11 +41,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from circuits.sparse import files, processes
+from circuits.sparse import files
 from circuits.sparse.model import SparseTransformer
 from circuits.sparse.topk import AbsTopK
 from circuits.sparse.train import Part, Recipe, Step, Trained, Training, loss_of, ramp
-from workbench import backend, pretrained, runs, sites
+from workbench import backend, pretrained, processes, runs, sites
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 

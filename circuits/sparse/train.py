@@ -38,11 +38,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from circuits.sparse import processes
 from circuits.sparse.data import TokenStream
 from circuits.sparse.model import SparseConfig, SparseTransformer
 from circuits.sparse.topk import Neurons, drop_weights
-from workbench import parts, runs
+from workbench import parts, processes, runs
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 
@@ -295,7 +294,7 @@ class Part(NamedTuple):
 class Training:
     """A run of training that can be stopped after any step and goes on bit for bit from its checkpoint.
 
-    Also by several processes at once, as `torchrun` starts them: see `circuits.sparse.processes`.
+    Also by several processes at once, as `torchrun` starts them: see `workbench.processes`.
     What trains more than a model, or by another loss, is a subclass: `_prepare`, `_update` and `_measure` are its own.
     """
 

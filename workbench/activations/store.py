@@ -144,11 +144,14 @@ class ActivationStore:
         window: int = 2**18,
         seed: int = 0,
         start: int = 0,
+        skip: int = 0,
         edit: Edits | None = None,
     ) -> Stream:
         """Batches of `rows` activation rows (one per token) in shuffled order, aligned over the hook points.
 
         Works on a store larger than memory; see `Stream` for the shuffle and how to resume at `start`.
+        The first `skip` positions of each sequence are left out: what is at the very first is many times larger than
+        the rest, and tells nothing of the text.
         """
         request = self._request(model, sequences, hooks, edit, False)
         lengths = [len(request.tokens[digest]) for digest in request.sequences]
@@ -157,7 +160,7 @@ class ActivationStore:
         def load(members: Sequence[int]) -> dict[str, Tensor]:
             return self._window(request, [request.sequences[i] for i in members], shapes)
 
-        return Stream(load, lengths, list(hooks), rows=rows, window=window, seed=seed, start=start)
+        return Stream(load, lengths, list(hooks), rows=rows, window=window, seed=seed, start=start, skip=skip)
 
     def _request(
         self, model: LanguageModel, sequences: Sequences, hooks: Sequence[str], edit: Edits | None, canonical: bool

@@ -9,7 +9,7 @@ sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -29,6 +29,7 @@ class Stream(Iterator[Rows]):
 
     The order depends on the seed alone. `position` is the number of batches handed out so far: a stream made with
     `start=position` and the same seed, sizes and sequences goes on from there, and skips whole windows unread.
+    The first `skip` rows of each sequence are left out.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class Stream(Iterator[Rows]):
         window: int = 2**18,
         seed: int = 0,
         start: int = 0,
+        skip: int = 0,
     ):
-        for name, value, least in (("rows", rows, 1), ("window", window, 1), ("start", start, 0)):
+        for name, value, least in (("rows", rows, 1), ("window", window, 1), ("start", start, 0), ("skip", skip, 0)):
             if value < least:
                 raise UserError(f"{name}={value} is too small; give at least {least}.")
         for hook in hooks:
@@ -51,14 +53,14 @@ class Stream(Iterator[Rows]):
         self.rows = rows
         self.position = start
         self._load = load
-        self._lengths = lengths
+        self._lengths, self._skip = lengths, skip
         self._seed = seed
         self._windows = _windows(lengths, window, seed)
         self._batches = self._run()
 
     def __len__(self) -> int:
         """Batches in the whole stream, whatever the start."""
-        return -(-sum(self._lengths) // self.rows)
+        return -(-self._handed_out(range(len(self._lengths))) // self.rows)
 
     def __next__(self) -> Rows:
         batch = next(self._batches)
@@ -74,6 +76,16 @@ class Stream(Iterator[Rows]):
             for consumer in consumers:
                 consumer(batch)
 
+    def _handed_out(self, members: Iterable[int]) -> int:
+        """Rows of some sequences."""
+        return sum(max(0, self._lengths[i] - self._skip) for i in members)
+
+    def _kept(self, members: Sequence[int]) -> np.ndarray:
+        """Where these are among all rows of the sequences."""
+        lengths = np.array([self._lengths[i] for i in members])
+        position = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+        return np.flatnonzero(position >= self._skip)
+
     def close(self) -> None:
         """Stop reading ahead."""
         self._batches.close()
@@ -82,7 +94,7 @@ class Stream(Iterator[Rows]):
         skip = self.position * self.rows
         numbers: list[int] = []
         for number, members in enumerate(self._windows):
-            length = sum(self._lengths[i] for i in members)
+            length = self._handed_out(members)
             if skip >= length and not numbers:
                 skip -= length
             else:
@@ -103,8 +115,8 @@ class Stream(Iterator[Rows]):
 
     def _hand_out(self, found: Mapping[str, Tensor], held: Rows, number: int, skip: int, last: bool) -> Iterator[Rows]:
         """Full batches of a window, led by what the window before left over; the rest goes to `held`."""
-        length = len(next(iter(found.values())))
-        order = torch.from_numpy(_shuffled(length, self._seed, number + 1))[skip:]
+        kept = self._kept(self._windows[number])
+        order = torch.from_numpy(kept[_shuffled(len(kept), self._seed, number + 1)])[skip:]
         place = 0
         if held:
             place = min(self.rows - len(next(iter(held.values()))), len(order))

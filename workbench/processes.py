@@ -1,9 +1,9 @@
 """Training in several processes, one for each GPU or for each few cores, as `torchrun` starts them.
 
-Any script in which a `Training` runs can be started so: `torchrun --nproc-per-node 2 script.py`. Every process holds
-the whole model and reads its own rows of every batch. Gradients are averaged before a step, so that all take the same
-one: their weights stay equal bit for bit, which is checked whenever training is evaluated. The first process alone
-evaluates, writes and shows progress, and its clock is everybody's.
+Any script that trains can be started so: `torchrun --nproc-per-node 2 script.py`. Every process holds the whole model
+and reads its own rows of every batch. Gradients are averaged before a step, so that all take the same one: their
+weights stay equal bit for bit, which is checked whenever training is evaluated. The first process alone evaluates,
+writes and shows progress, and its clock is everybody's.
 
 Numbers other than gradients travel between CPUs, also where training is on GPUs: nothing has to wait for these.
 """
@@ -65,6 +65,15 @@ def average(tensors: Sequence[Tensor]) -> None:
         parts = (flat / count()).split([x.numel() for x in tensors])
         for x, part in zip(tensors, parts, strict=True):
             x.copy_(part.view_as(x))
+
+
+def anywhere(x: Tensor) -> Tensor:
+    """Where any of the processes has True."""
+    if count() == 1:
+        return x
+    found = x.to(torch.uint8)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.bool()
 
 
 def first(value: Any) -> Any:

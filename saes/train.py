@@ -1,0 +1,272 @@
+"""Training SAEs on a stream of activations, several at once from one pass over the store.
+
+Activations are scaled so that their mean length is the square root of their width (`expected_average_only_in`), by a
+factor that the first rows give and that the finished weights have folded in. Each training has parameters, moments,
+counters and a place in the stream; all of these are in its checkpoint, so that one that is killed goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from saes import objectives
+from saes.objectives import Chooser, Spec, Weights
+from saes.sae import SAE
+from workbench import parts, processes
+from workbench.errors import UserError
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an SAE reads, and for a transcoder where it writes."""
+
+    hook: str
+    hook_out: str | None = None
+
+    @property
+    def out(self) -> str:
+        return self.hook_out or self.hook
+
+
+class Training:
+    """One SAE. `step` takes rows of activations at its place; `sae()` gives what has come of it."""
+
+    def __init__(
+        self, spec: Spec, place: Place, d_in: int, d_out: int, *, steps: int, seed: int = 0,
+        scale: tuple[float, float] = (1.0, 1.0), device: str | torch.device = "cpu",
+    ):  # fmt: skip
+        """steps: how many there will be, for the learning rate; scale: factors for what is read and what is written.
+
+        Raises UserError if the learning rate rises and falls for longer than there are steps.
+        """
+        if spec.warm_up + spec.decay > steps:
+            raise UserError(
+                f"the learning rate rises for {spec.warm_up} and falls for {spec.decay} steps, and there are {steps}."
+            )
+        if place.hook_out is None and d_in != d_out:
+            raise ValueError("an SAE writes as wide as it reads")
+        if place.hook_out is not None and spec.subtract:
+            raise UserError("a transcoder subtracts nothing from its input; give subtract=False.")
+        self.spec, self.place, self.steps, self.scale = spec, place, steps, scale
+        start = Weights.start(spec, d_in, d_out, torch.Generator().manual_seed(seed))
+        self.weights = Weights(**{name: _parameter(x, device) for name, x in start.tensors().items()})
+        self.adam = torch.optim.Adam(self.parameters, lr=spec.lr, betas=spec.betas, fused=True)
+        self.chooser = Chooser()
+        self.since_fired = torch.zeros(spec.latents, device=device)
+        self.done = 0
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return list(self.weights.tensors().values())
+
+    @property
+    def dead(self) -> Tensor:
+        return self.since_fired > self.spec.dead_after
+
+    def step(self, rows: Mapping[str, Float[Tensor, "row _"]]) -> objectives.Step:
+        """Learn from some rows."""
+        device = self.weights.b_dec.device
+        x = _mine(rows[self.place.hook]).to(device, torch.float32) * self.scale[0]
+        y = x if self.place.hook_out is None else _mine(rows[self.place.out]).to(device, torch.float32) * self.scale[1]
+        price = min(1.0, self.done / self.spec.price_warm_up) if self.spec.price_warm_up else 1.0
+        found = objectives.step(self.weights, x, y, self.spec, self.chooser, self.dead, price)
+        found.loss.backward()
+        processes.average([p.grad for p in self.parameters if p.grad is not None])
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for group in self.adam.param_groups:
+            group["lr"] = self.spec.lr * rate(self.spec, self.done, self.steps)
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        self.since_fired += 1
+        self.since_fired[processes.anywhere(found.fired)] = 0
+        self.done += 1
+        return found
+
+    @torch.no_grad()
+    def sae(self, some: Mapping[str, Float[Tensor, "row _"]], **about: Any) -> SAE:
+        """What has been learned, with decoder rows of length 1, for activations as they are.
+
+        some  rows at its place. batchtopk and matryoshka have no rule for one row: they become jumprelu, with one
+              threshold for all, at which so many latents are active on these rows as were in training. (SAELens takes a
+              running mean of training's smallest active values, which comes after what the weights have become.)
+        """
+        spec, w, norms = self.spec, self.weights, self.weights.norms
+        into, out = self.scale
+        if self.place.hook_out is None:
+            out = into
+        known = {"hook_name": self.place.hook, "normalized_by": into, **about}
+        if self.place.hook_out is not None:
+            known["hook_name_out"] = self.place.hook_out
+        # In the units of training the latent is v; here its decoder row has length 1, so it is v norm / out.
+        tensors = {
+            "W_enc": (w.enc * (norms * into / out)[:, None]).T.contiguous(),
+            "b_enc": w.bias * norms / out,
+            "W_dec": w.dec / norms[:, None],
+            "b_dec": w.b_dec / out,
+        }
+        kind: Any = spec.architecture
+        threshold = None if w.threshold is None else w.threshold * norms / out
+        if spec.architecture in ("batchtopk", "matryoshka"):
+            x = some[self.place.hook].to(w.bias.device, torch.float32) * into
+            score = objectives.pre(w, x, spec) * norms
+            values = score.relu().flatten().topk(int(spec.k * len(x)) + 1, sorted=True).values
+            kind, threshold = "jumprelu", torch.full_like(w.bias, float(values[-2:].mean()) / out)
+        return SAE(
+            kind, **{name: x.detach().clone() for name, x in tensors.items()},
+            threshold=None if threshold is None else threshold.detach().clone(),
+            k=int(spec.k) if kind == "topk" else None, subtract=spec.subtract,
+            transcoder=self.place.hook_out is not None, about=known,
+        )  # fmt: skip
+
+    # ---- checkpoints ----
+
+    def state(self) -> dict[str, Tensor]:
+        state = {f"weight.{name}": x.detach() for name, x in self.weights.tensors().items()}
+        for i, p in enumerate(self.parameters):
+            state |= {f"moment.{i}.{name}": x for name, x in self.adam.state[p].items()}
+        bound = torch.tensor(self.chooser.bound, dtype=torch.float64)
+        return state | {"since_fired": self.since_fired, "bound": bound}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor], done: int) -> None:
+        for name, x in self.weights.tensors().items():
+            x.copy_(state[f"weight.{name}"])
+        for i, p in enumerate(self.parameters):
+            prefix = f"moment.{i}."
+            moments = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+            self.adam.state[p] = {
+                name: x.clone() if name == "step" else x.to(p.device, copy=True) for name, x in moments.items()
+            }
+        self.since_fired.copy_(state["since_fired"])
+        self.chooser.bound, self.done = float(state["bound"]), done
+
+
+def _mine(rows: Float[Tensor, "row d"]) -> Float[Tensor, "part d"]:
+    """This process's share of a batch."""
+    share = len(rows) // processes.count()
+    return rows if processes.count() == 1 else rows[processes.number() * share :][:share]
+
+
+def _parameter(x: Tensor, device: str | torch.device) -> Tensor:
+    return x.to(device).contiguous().requires_grad_()
+
+
+def rate(spec: Spec, done: int, steps: int) -> float:
+    """The learning rate of the next step, as a share of the largest: up, constant, down to 0, all linear."""
+    if done < spec.warm_up:
+        low = 1 / spec.warm_up
+        return low + (1 - low) * done / max(1, spec.warm_up - 1)
+    left = steps - done
+    return left / spec.decay if left < spec.decay else 1.0
+
+
+def scale_of(rows: Float[Tensor, "row d"]) -> float:
+    """The factor that makes the mean length of these rows the square root of their width."""
+    return float(math.sqrt(rows.shape[-1]) / rows.float().norm(dim=-1).mean())
+
+
+# ---- several at once ----
+
+
+Curve = dict[str, list[float]]
+
+
+class Progress:
+    """Several trainings on one stream, with their curves; kept in a folder, and taken up there."""
+
+    def __init__(self, trainings: Mapping[str, Training], folder: Path | None, identity: Mapping[str, Any]):
+        """identity  what decides the outcome beside the specifications: model, text, sizes of the stream
+
+        Raises UserError if the folder holds a checkpoint of something else.
+        """
+        self.trainings, self.folder = dict(trainings), folder
+        specs = {name: [asdict(one.spec), asdict(one.place), one.steps] for name, one in self.trainings.items()}
+        self.identity = json.loads(json.dumps({**identity, "trainings": specs}))
+        self.curves: dict[str, Curve] = {name: {} for name in self.trainings}
+        self.seconds = 0.0
+        if folder is not None and (folder / CHECKPOINT).is_file():
+            self._resume(folder / CHECKPOINT)
+
+    @property
+    def done(self) -> int:
+        return next(iter(self.trainings.values())).done
+
+    def run(
+        self,
+        stream: Iterator[Mapping[str, Tensor]],
+        *,
+        every: float = 60.0,
+        points: int = 100,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Train to the end on a stream that begins where this left off; a checkpoint every so many seconds, and so many
+        points on each curve."""
+        steps = next(iter(self.trainings.values())).steps
+        started, before, kept = clock(), self.seconds, self.seconds
+        note = max(1, steps // points)
+        with tqdm(total=steps, initial=self.done, desc="train-sae", disable=None, leave=False) as bar:
+            while self.done < steps:
+                rows = next(stream)
+                for name, one in self.trainings.items():
+                    found = one.step(rows)
+                    if one.done % note == 0 or one.done == steps:
+                        self._note(name, one, found)
+                bar.update()
+                self.seconds = before + clock() - started
+                if self.seconds - kept >= every and self.done < steps:
+                    kept = self.seconds
+                    self.checkpoint()
+        self.checkpoint()
+
+    def _note(self, name: str, one: Training, found: objectives.Step) -> None:
+        row = {
+            "step": one.done,
+            "loss": float(found.loss),
+            "l0": float(found.l0),
+            "dead": float(one.dead.float().mean()),
+        }
+        for key, value in (row | {key: float(x) for key, x in found.losses.items()}).items():
+            self.curves[name].setdefault(key, []).append(value)
+
+    def checkpoint(self) -> None:
+        for one in self.trainings.values():
+            processes.same(one.parameters)
+        if self.folder is None or processes.number() > 0:
+            return
+        state = {f"{name}/{key}": x for name, one in self.trainings.items() for key, x in one.state().items()}
+        about = {"identity": self.identity, "done": self.done, "seconds": self.seconds, "curves": self.curves}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = self.folder / f".{CHECKPOINT}"
+        save_file({key: x.detach().cpu().contiguous() for key, x in state.items()}, aside, {"about": json.dumps(about)})
+        os.replace(aside, self.folder / CHECKPOINT)
+        parts.mark()
+
+    def _resume(self, path: Path) -> None:
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads(file.metadata()["about"])
+            state = load_file(path)
+        except (OSError, SafetensorError, LookupError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); delete it to begin anew.") from error
+        if about["identity"] != self.identity:
+            raise UserError(f"{path} is of another training; give another folder, or delete it to begin anew.")
+        for name, one in self.trainings.items():
+            prefix = f"{name}/"
+            one.restore({k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}, about["done"])
+        self.seconds, self.curves = about["seconds"], about["curves"]
