@@ -2,3 +2,7 @@
 
 from saes import code_effects as code_effects
 from saes import codes as codes
+from saes import figures as figures
+from saes import latents as latents
+from saes import pretrained as pretrained
+from saes import training_run as training_run

@@ -14,6 +14,7 @@ Both matrices are held as [latent, width], so that all that belongs to a latent 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -123,10 +124,12 @@ class Active:
         if x.device.type == "cpu" and not torch.backends.mkl.is_available():
             chunks = zip(self.row_of.split(AT_ONCE), self.latents.split(AT_ONCE), strict=True)
             return torch.cat([(x[rows] * matrix[latents]).sum(-1) for rows, latents in chunks])
-        ones = torch.sparse_csr_tensor(
-            self.starts, self.latents, x.new_zeros(len(self.latents)), (self.rows, self.width), check_invariants=False
-        )
-        products: Tensor = torch.sparse.sampled_addmm(ones, x, matrix.T, beta=0.0).values()
+        zeros = x.new_zeros(len(self.latents))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            shape = (self.rows, self.width)
+            at = torch.sparse_csr_tensor(self.starts, self.latents, zeros, shape, check_invariants=False)
+        products: Tensor = torch.sparse.sampled_addmm(at, x, matrix.T, beta=0.0).values()
         return products
 
 

@@ -235,13 +235,10 @@ class Progress:
         self.checkpoint()
 
     def _note(self, name: str, one: Training, found: objectives.Step) -> None:
-        row = {
-            "step": one.done,
-            "loss": float(found.loss),
-            "l0": float(found.l0),
-            "dead": float(one.dead.float().mean()),
-        }
-        for key, value in (row | {key: float(x) for key, x in found.losses.items()}).items():
+        losses = {key: float(x.detach()) for key, x in found.losses.items()}
+        row = {"step": float(one.done), "loss": sum(losses.values()), "l0": float(found.l0)}
+        row |= {"dead": float(one.dead.float().mean()), **losses}
+        for key, value in row.items():
             self.curves[name].setdefault(key, []).append(value)
 
     def checkpoint(self) -> None:

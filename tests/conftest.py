@@ -30,6 +30,8 @@ from circuits.sparse import bridges
 from circuits.sparse.data import train_tokenizer
 from circuits.sparse.model import SparseConfig, SparseTransformer
 from circuits.sparse.train import Recipe
+from saes.objectives import Spec
+from saes.train import Place, Training
 from workbench import cli, places, registry, settings
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel
@@ -45,8 +47,13 @@ QUICK: dict[str, dict[str, Any]] = {
     "sparse-tasks": {"target": 0.7, "settings": 1, "steps": 3, "tasks": "with_as,for_while", "pairs": 4},
     "bridge-dose": {"node": "0.mlp.act_in:3", "controls": 2},
     "sparse-bridge": {"tokens": 2048},
+    "latents": {"text": "parallel", "tokens": 2000, "length": 16, "examples": 3},
+    "train-sae": {
+        "text": "parallel", "hooks": "1", "latents": 64, "k": 4.0, "tokens": 2000, "length": 16, "batch": 64,
+        "dtype": "float32",
+    },
     "sparse-train": {"tokens": 4096, "width": 32, "layers": 1, "density": 0.5},
-}
+}  # fmt: skip
 
 torch.set_num_threads(1)  # several workers share the machine
 
@@ -178,8 +185,19 @@ def bridged_coder(sparse_coder: LanguageModel, tmp_path_factory: pytest.TempPath
         return LanguageModel.load(str(folder))
 
 
+@pytest.fixture(scope="session")
+def tiny_sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained SAE of `tiny`'s residual stream after block 1, in a folder."""
+    generator = torch.Generator().manual_seed(0)
+    spec = Spec(latents=64, k=4)
+    training = Training(spec, Place("blocks.1.hook_resid_post"), 32, 32, steps=1, seed=0, scale=(2.0, 2.0))
+    folder = tmp_path_factory.mktemp("sae") / "sae"
+    training.sae({"blocks.1.hook_resid_post": torch.randn(8, 32, generator=generator)}).save(folder)
+    return folder
+
+
 @pytest.fixture
-def on(tiny: LanguageModel, sparse_coder: LanguageModel, bridged_coder: LanguageModel) -> On:
+def on(tiny: LanguageModel, sparse_coder: LanguageModel, bridged_coder: LanguageModel, tiny_sae: Path) -> On:
     """on("patching"): what to run an analysis on, and its parameters, so that it takes no time."""
 
     def chosen(name: str) -> dict[str, Any]:
@@ -188,7 +206,7 @@ def on(tiny: LanguageModel, sparse_coder: LanguageModel, bridged_coder: Language
         of_sparse |= {"bridge-dose": bridged_coder}
         model = {} if analysis.model is None else {"model": of_sparse.get(name, tiny)}
         task = {} if analysis.task is None else {"task": "with_as" if name in of_sparse else "ioi", "n": 6}
-        more = {"dense": bridged_coder.name} if name == "sparse-bridge" else {}
+        more = {"sparse-bridge": {"dense": bridged_coder.name}, "latents": {"sae": str(tiny_sae)}}.get(name, {})
         return model | task | more | QUICK.get(name, {})
 
     return chosen

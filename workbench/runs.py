@@ -1,9 +1,9 @@
 """Runs: recorded executions of an analysis on a model and a task.
 
 A run is keyed by everything that decides its result: the analysis and its version and parameters, the versions of other
-analyses and tasks, and the weights of other models, that those name; the model's weights and numerics, the task and its
-version, how many prompts, and the seed; without what the analysis does not take. Asking again with the same key
-computes nothing.
+analyses and tasks, the weights of other models, texts, files and folders, that those name; the model's weights and
+numerics, the task and its version, how many prompts, and the seed; without what the analysis does not take. Asking
+again with the same key computes nothing.
 A run's folder holds `record.json` (key, result, task figures, environment, cost), `arrays.safetensors`, the digests
 of the stored activations it used (`activations.safetensors`), and in `files` what else belongs to the result; it is
 written aside and renamed last, so a folder that exists is whole.
@@ -33,7 +33,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from workbench import activations, parts, places, pretrained, registry, results, settings
+from workbench import activations, parts, places, pretrained, registry, results, settings, texts
 from workbench.activations import ActivationStore, inventory
 from workbench.activations.keys import Scope
 from workbench.errors import UserError, unknown
@@ -253,7 +253,9 @@ def key_of(
     versions = {name: known[name].version for name in sorted(named & known.keys())}
     models = {name: pretrained.fingerprint(name) for name in sorted(named - known.keys() - {""})}
     models = {name: digest for name, digest in models.items() if digest is not None}
-    return key | ({"versions": versions} if versions else {}) | ({"models": models} if models else {})
+    found = {name: digest for name in sorted(named - known.keys() - {""}) if (digest := texts.digest(name)) is not None}
+    more = {"versions": versions, "models": models, "contents": found}
+    return key | {name: value for name, value in more.items() if value}
 
 
 def task_figures(model: LanguageModel, batch: Batch, store: ActivationStore) -> dict[str, Any]:
