@@ -33,7 +33,8 @@ from circuits.writes import Ablation, Writes
 from workbench import norms, sites
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
-from workbench.models import Edit, LanguageModel, Resume
+from workbench.models import LanguageModel, Resume
+from workbench.passes import Edit
 from workbench.prompts import Batch
 from workbench.registry import analysis
 from workbench.scores import NodeScores

@@ -30,7 +30,8 @@ from workbench import bases as named
 from workbench import sites
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
-from workbench.models import Edit, LanguageModel
+from workbench.models import LanguageModel
+from workbench.passes import Edit
 from workbench.prompts import Batch
 from workbench.registry import analysis
 from workbench.sites import Basis

@@ -26,7 +26,8 @@ from circuits.toy_weights import Weights, accuracy, disguise, to_model, train
 from workbench import sites
 from workbench.errors import UserError, unknown
 from workbench.interventions import resample, steer
-from workbench.models import Edit, LanguageModel
+from workbench.models import LanguageModel
+from workbench.passes import Edit
 from workbench.prompts import Batch, Prompt, Task, sample
 from workbench.scores import every_head, head, mlp
 

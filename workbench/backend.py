@@ -23,6 +23,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -108,6 +110,11 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase
         except Exception as error:  # the backend raises many types for unreadable files
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{folder} could not be read as a model: {reason}") from error
+
+
+def new_cache(module: CausalLM) -> Any:
+    """An empty cache of keys and values for generation; None for a model that is not the library's and keeps none."""
+    return DynamicCache(config=module.config) if isinstance(module, PreTrainedModel) else None
 
 
 def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
@@ -20,15 +20,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench import backend, norms, plugins, pretrained, settings, sites
+from workbench import backend, norms, passes, plugins, pretrained, settings, sites
 from workbench.architectures import family
 from workbench.backend import Resume
 from workbench.errors import UserError, unknown
+from workbench.passes import Edit
 from workbench.sites import Site
 
 __all__ = ["Forward", "LanguageModel", "Resume"]
 
-Edit = Callable[[Tensor], Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -123,6 +123,13 @@ class LanguageModel:
     def token_strings(self, ids: Iterable[int]) -> list[str]:
         return [self.tokenizer.decode([int(i)]) for i in ids]
 
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Token ids that end a text."""
+        ids = self._module.generation_config.eos_token_id if hasattr(self._module, "generation_config") else None
+        ids = self.tokenizer.eos_token_id if ids is None else ids
+        return tuple(ids) if isinstance(ids, list) else () if ids is None else (int(ids),)
+
     # ---- running ----
 
     def run(
@@ -153,7 +160,7 @@ class LanguageModel:
         Raises UserError for tokens that do not fit, unknown hook points, and edits that change a shape or run the
         model.
         """
-        self._check_tokens(tokens)
+        passes.check_tokens(self, tokens)
         wanted = {key: Site(key) if isinstance(key, str) else key for key in capture}
         edits = [(Site(key) if isinstance(key, str) else key, fn) for key, fn in (edit or {}).items()]
         hooks = {site.hook for site in wanted.values()} | {site.hook for site, _ in edits}
@@ -161,7 +168,7 @@ class LanguageModel:
             hooks.add(stop_after)
             logits = "none"
         for site in [*wanted.values(), *(site for site, _ in edits), *map(Site, hooks)]:
-            self._check_site(site, start, ungroup)
+            passes.check_site(self, site, start, ungroup)
         deepest = stop_after
         if deepest is None and logits == "none" and wanted:
             deepest = max((site.hook for site in wanted.values()), key=sites.depth)
@@ -171,7 +178,7 @@ class LanguageModel:
 
         found: dict[str | Site, Tensor] = {}
         in_order = sorted(hooks, key=sites.depth)
-        visitors = {hook: _visitor(hook, wanted, edits, found, hook == deepest, grad) for hook in in_order}
+        visitors = {hook: passes.visitor(hook, wanted, edits, found, hook == deepest, grad) for hook in in_order}
         edited = frozenset(site.hook for site, _ in edits)
         if start is not None:
             start = Resume(start.layer, start.resid.to(self.device, self.dtype), start.past)
@@ -187,12 +194,42 @@ class LanguageModel:
             self.config.n_heads // self.config.n_kv_heads if ungroup else 1,
             relevance,
         )
-        if self._lock._is_owned():  # type: ignore[attr-defined]  # by this thread: the outer pass would lose its hooks
-            raise UserError("the model is running: an edit cannot run it again; compute what it needs beforehand.")
+        self._refuse_a_pass_inside_a_pass()
         with self._lock, nullcontext() if grad else torch.no_grad(), context:
             self.forward_passes += 1
             out = self._forward(tokens.to(self.device), logits, start)
         return Forward(out, found)
+
+    @contextmanager
+    def editing(self, edits: Mapping[Site, Edit]) -> Iterator[Callable[[Tensor, Any], Tensor]]:
+        """Edits in force for several passes, as generation makes them. Gives what makes one: a function of tokens
+        [batch, pos] and the cache of earlier ones (`backend.new_cache`; None: there are none) to logits [batch, vocab]
+        after the last.
+
+        Raises UserError for unknown hook points and heads, and inside of another pass.
+        """
+        pairs = list(edits.items())
+        for site in edits:
+            passes.check_site(self, site, None, False)
+        hooks = sorted({site.hook for site in edits}, key=sites.depth)
+        visitors = {hook: passes.visitor(hook, {}, pairs, {}, False, False) for hook in hooks}
+        context = backend.hooked(
+            self._module, self._family, self.config.d_head, visitors, frozenset(hooks), None, self._results, False
+        )
+
+        def next_logits(tokens: Tensor, cache: Any) -> Tensor:
+            self.forward_passes += 1
+            options = {} if cache is None else {"past_key_values": cache}
+            hidden = self._module.base_model(tokens, use_cache=cache is not None, **options).last_hidden_state[:, -1]
+            return self._logits(hidden.contiguous(), tokens[:, -1])
+
+        self._refuse_a_pass_inside_a_pass()
+        with self._lock, torch.no_grad(), context:
+            yield next_logits
+
+    def _refuse_a_pass_inside_a_pass(self) -> None:
+        if self._lock._is_owned():  # type: ignore[attr-defined]  # by this thread: the outer pass would lose its hooks
+            raise UserError("the model is running: an edit cannot run it again; compute what it needs beforehand.")
 
     def _forward(self, tokens: Tensor, logits: str, start: Resume | None) -> Tensor | None:
         options: dict[str, Any] = {"use_cache": False}
@@ -388,31 +425,6 @@ class LanguageModel:
             )
         return {"max_logit_difference": difference, "residual_sum_error": residue}
 
-    def _check_tokens(self, tokens: Tensor) -> None:
-        if tokens.ndim != 2 or 0 in tokens.shape:
-            raise UserError(f"tokens must have shape [batch, pos] with neither zero, not {tuple(tokens.shape)}.")
-        if tokens.shape[1] > self.config.n_ctx:
-            raise UserError(
-                f"the text has {tokens.shape[1]} tokens, but {self.name} reads at most {self.config.n_ctx}; shorten it."
-            )
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self.config.d_vocab:
-            raise UserError(
-                f"token ids must be 0 to {self.config.d_vocab - 1}, not {int(tokens.min())} to {int(tokens.max())}; "
-                f"tokenize with {self.name}'s own tokenizer."
-            )
-
-    def _check_site(self, site: Site, start: Resume | None, ungroup: bool) -> None:
-        if site.hook not in self.hook_points:
-            raise unknown(f"hook point of {self.name}", site.hook, self.hook_points)
-        layer, name = sites.split(site.hook)
-        if start is not None and (layer is None or layer < start.layer):
-            raise UserError(f"{site.hook} lies before block {start.layer}, where this run starts.")
-        if site.head is not None:
-            shared = name in ("attn.hook_k", "attn.hook_v", "attn.hook_rot_k") and not ungroup
-            n = self.config.n_kv_heads if shared else self.config.n_heads
-            if not 0 <= site.head < n:
-                raise UserError(f"{site.hook} has heads 0 to {n - 1}, not {site.head}.")
-
 
 def numerics(dtype: str, device: str) -> str:
     """The numerics a model loaded with these settings will have."""
@@ -426,42 +438,3 @@ def _after_fork(model: weakref.ref[LanguageModel]) -> None:
     this = model()
     if this is not None:
         this._lock = threading.RLock()
-
-
-def _visitor(
-    hook: str,
-    wanted: Mapping[str | Site, Site],
-    edits: Sequence[tuple[Site, Edit]],
-    found: dict[str | Site, Tensor],
-    stop: bool,
-    grad: bool,
-) -> Edit:
-    """What happens to the tensor at one hook point: edit, then copy out, then perhaps stop."""
-    keys = [key for key, site in wanted.items() if site.hook == hook]
-    changes = [(site, fn) for site, fn in edits if site.hook == hook]
-    whole = Site(hook)
-
-    def visit(x: Tensor) -> Tensor:
-        for site, fn in changes:
-            before = x if site == whole else sites.select(x, site)
-            after = fn(before)
-            if after.shape != before.shape:
-                raise UserError(
-                    f"the edit at {hook} returned shape {tuple(after.shape)}, not {tuple(before.shape)}; "
-                    "an edit must keep the shape."
-                )
-            x = after if site == whole else sites.assign(x, site, after)
-        for key in keys:
-            site = wanted[key]
-            if not grad:
-                found[key] = sites.select(x, site).clone(memory_format=torch.contiguous_format)
-            elif site == whole:
-                found[key] = x
-            else:  # put the part back, so that the graph runs through what the caller holds
-                found[key] = sites.select(x, site)
-                x = sites.assign(x, site, found[key])
-        if stop:
-            raise backend.Stop
-        return x
-
-    return visit
