@@ -1,0 +1,1 @@
+"""Language steering: find the latent that changes the language a model writes, steer with it, and prove it."""
