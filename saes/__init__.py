@@ -6,3 +6,4 @@ from saes import figures as figures
 from saes import latents as latents
 from saes import pretrained as pretrained
 from saes import training_run as training_run
+from saes.steering import search as search

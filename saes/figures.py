@@ -10,6 +10,8 @@ import torch
 from plotly.subplots import make_subplots
 
 from saes.latents import Latents
+from saes.steering.languages import LANGUAGES
+from saes.steering.search import LanguageLatents
 from saes.training_run import SaeTraining
 from workbench import canvas
 from workbench.plots import definition, figure
@@ -60,6 +62,47 @@ def training_figure(result: SaeTraining) -> go.Figure:
 
 @definition.register
 def _(result: SaeTraining) -> str:
+    return result.definition
+
+
+@figure.register
+def language_figure(result: LanguageLatents) -> go.Figure:
+    """Every latent by the paper's score and by AUROC, for each language; the paper's three best are named."""
+    names = list(result.scores)
+    columns = min(4, len(names))
+    lines = math.ceil(len(names) / columns)
+    fig = make_subplots(
+        rows=lines, cols=columns, subplot_titles=[escape(LANGUAGES[name]) for name in names], shared_xaxes=True,
+        horizontal_spacing=0.05, vertical_spacing=0.3 / lines,
+    )  # fmt: skip
+    x, y = result.names.index("auroc"), result.names.index("difference")
+    for i, name in enumerate(names):
+        table, place = result.scores[name], {"row": i // columns + 1, "col": i % columns + 1}
+        # Most latents tell nothing: a cloud in the middle, of which a part is enough to see.
+        shown = (table[y].abs() + (table[x] - 0.5).abs()).topk(min(600, table.shape[1])).indices
+        best = [latent for latent, _ in result.top(name, "difference")]
+        for some, colour, mode in (
+            (shown, canvas.POSITIVE.format(0.35), "markers"),
+            (best, canvas.NEGATIVE.format(1), "markers+text"),
+        ):
+            chosen = torch.as_tensor(some)
+            fig.add_trace(
+                go.Scatter(
+                    x=canvas.cells(table[x, chosen]), y=canvas.cells(table[y, chosen]), mode=mode, showlegend=False,
+                    marker={"size": 5 if mode == "markers" else 7, "color": colour}, text=[str(int(j)) for j in chosen],
+                    textposition="middle left", textfont_size=10, customdata=chosen.tolist(),
+                    hovertemplate="latent %{customdata}: difference %{y:.3g}, AUROC %{x:.3f}<extra></extra>",
+                ), **place,
+            )  # fmt: skip
+    fig.update_xaxes(range=[-0.03, 1.03])
+    for column in range(1, columns + 1):
+        fig.update_xaxes(title_text="AUROC", row=lines, col=column)
+    fig.update_yaxes(title_text="difference", col=1)
+    return canvas.finish(fig, 90 + 190 * lines, top=40)
+
+
+@definition.register
+def _(result: LanguageLatents) -> str:
     return result.definition
 
 

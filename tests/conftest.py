@@ -60,7 +60,7 @@ torch.set_num_threads(1)  # several workers share the machine
 CONFIGS = {
     "llama": lambda v: LlamaConfig(
         vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256,
+        num_key_value_heads=2, max_position_embeddings=512,
     ),
     "gpt2": lambda v: GPT2Config(vocab_size=v, n_embd=32, n_layer=3, n_head=4, n_positions=256),
     "gpt_neox": lambda v: GPTNeoXConfig(
@@ -206,7 +206,9 @@ def on(tiny: LanguageModel, sparse_coder: LanguageModel, bridged_coder: Language
         of_sparse |= {"bridge-dose": bridged_coder}
         model = {} if analysis.model is None else {"model": of_sparse.get(name, tiny)}
         task = {} if analysis.task is None else {"task": "with_as" if name in of_sparse else "ioi", "n": 6}
-        more = {"sparse-bridge": {"dense": bridged_coder.name}, "latents": {"sae": str(tiny_sae)}}.get(name, {})
+        more = {"sparse-bridge": {"dense": bridged_coder.name}, "latents": {"sae": str(tiny_sae)}}
+        more |= {"language-latents": more["latents"]}
+        more = more.get(name, {})
         return model | task | more | QUICK.get(name, {})
 
     return chosen

@@ -125,7 +125,7 @@ def test_what_cannot_be_generated_is_a_sentence(tiny: LanguageModel) -> None:
     tokens = prompts(tiny)
     for given, message in (
         ({"steps": 0}, "steps=0 writes nothing"),
-        ({"steps": 300}, r"7 tokens and 300 new ones are more than the 256"),
+        ({"steps": 600}, r"7 tokens and 600 new ones are more than the 512"),
         ({"steps": 2, "temperature": -1.0}, "is below 0"),
         ({"steps": 2, "seeds": [1]}, "there are 3 rows and 1 seeds"),
         ({"steps": 2, "edit": {"blocks.9.hook_resid_post": lambda x: x}}, "did you mean|hook point"),

@@ -324,8 +324,8 @@ def test_bad_requests_are_one_sentence(tiny: LanguageModel, arguments: dict, mes
 
 
 def test_text_longer_than_the_context_and_empty_text_are_refused(tiny: LanguageModel) -> None:
-    with pytest.raises(UserError, match="reads at most 256"):
-        tiny.run(tokens_of(tiny, pos=257))
+    with pytest.raises(UserError, match="reads at most 512"):
+        tiny.run(tokens_of(tiny, pos=513))
     with pytest.raises(UserError, match="neither zero"):
         tiny.run(torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(UserError, match="own tokenizer"):

@@ -1,0 +1,122 @@
+"""Scores of latents: planted ones are found, sums are those of single passes, nothing is found on permuted labels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from saes.sae import SAE
+from saes.steering import search
+from saes.steering.search import SCORES, LanguageStats, auroc, scores, statistics, vanished
+from workbench import runs
+from workbench.activations import ActivationStore
+from workbench.errors import UserError
+from workbench.models import LanguageModel
+
+LANGUAGES = ("en", "fr", "ja")
+N, LATENTS = 40, 30
+
+
+def planted(seed: int = 0) -> LanguageStats:
+    """Latent 3 is French, 4 is Japanese, 5 is Japanese full stops, 6 is everything, the rest is noise."""
+    generator = torch.Generator().manual_seed(seed)
+    sentences = torch.rand(3, N, LATENTS, generator=generator) * (torch.rand(3, N, LATENTS, generator=generator) < 0.2)
+    last = torch.rand(3, LATENTS, generator=generator) * 0.1
+    bare = last + 0.01 * torch.rand(3, LATENTS, generator=generator)
+    rate = 0.05 * torch.rand(3, LATENTS, generator=generator) + 0.01
+    fired = rate * 5
+    for latent, language in ((3, 1), (4, 2)):
+        sentences[language, :, latent] += 2
+        last[language, latent] = bare[language, latent] = 2.0
+        rate[:, latent], rate[language, latent] = 0.001, 0.8
+        fired[:, latent], fired[language, latent] = 0.01, 1.0
+    last[2, 5] = 3.0  # and nothing without the full stop
+    sentences[:, :, 6] += 2
+    last[:, 6] = bare[:, 6] = 2.0
+    rate[:, 6], fired[:, 6] = 0.8, 1.0
+    noise = torch.full((LATENTS,), 0.02)
+    noise[6] = 0.9
+    return LanguageStats("blocks.1.hook_resid_post", LANGUAGES, last, bare, sentences, rate, fired, noise)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(("language", "latent"), [("fr", 3), ("ja", 4)])
+def test_planted_latents_are_found(score: str, language: str, latent: int) -> None:
+    stats = planted()
+    found = scores(stats, language)[score]
+    best = int(found.abs().argmax() if score == "difference" else found.argmax())
+    if score == "difference" and language == "ja":
+        assert best == 5  # the paper's score is taken in by the full stop
+        assert vanished(stats, "ja", k=2) == 0.5 and vanished(stats, "fr", k=1) == 0
+    else:
+        assert best == latent
+
+
+def test_nothing_is_found_on_permuted_labels() -> None:
+    """Sentences of all languages shuffled: AUROC of all latents about one half, the planted ones too."""
+    stats = planted()
+    order = torch.randperm(3 * N, generator=torch.Generator().manual_seed(1))
+    mixed = stats.sentences.flatten(0, 1)[order].view_as(stats.sentences)
+    found = scores(replace(stats, sentences=mixed), "fr")
+    assert float((found["auroc"] - 0.5).abs().max()) < 0.2 and float(found["effect"].abs().max()) < 0.8
+    assert float(scores(stats, "fr")["auroc"][3]) > 0.99
+
+
+def test_auroc_is_sklearns_with_ties() -> None:
+    generator = torch.Generator().manual_seed(0)
+    own, others = (torch.randint(0, 4, (n, 12), generator=generator).float() for n in (17, 40))
+    own[:, 0] = others[:, 0] = 0.0  # all equal
+    labels = [1] * 17 + [0] * 40
+    for column in range(12):
+        expected = roc_auc_score(labels, torch.cat([own, others])[:, column].numpy())
+        assert float(auroc(own, others)[column]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_statistics_are_means_over_the_models_own_activations(
+    tiny: LanguageModel, store: ActivationStore, tiny_sae: Path
+) -> None:
+    sae = SAE.load(tiny_sae)
+    parallel = {"en": ["One day.", "Why not?"], "fr": ["Un jour.", "Pourquoi pas ?"]}
+    stats = statistics(tiny, store, sae, parallel)
+
+    def latents(text: str) -> Tensor:
+        x = tiny.run(tiny.tokenize(text)[None], capture=[sae.hook], logits="none")[sae.hook][0]
+        return sae.encode(x)[1:]
+
+    for i, texts in enumerate(parallel.values()):
+        z = [latents(text) for text in texts]
+        assert torch.allclose(stats.last[i], (z[0][-1] + z[1][-1]) / 2, atol=1e-5)
+        assert torch.allclose(stats.sentences[i, 1], z[1].mean(0), atol=1e-5)
+        assert torch.allclose(stats.rate[i], (torch.cat(z) > 0).float().mean(0))
+        assert torch.allclose(stats.fired[i], torch.stack([(one > 0).any(0) for one in z]).float().mean(0))
+    bare = (latents("Un jour")[-1] + latents("Pourquoi pas")[-1]) / 2
+    assert torch.allclose(stats.bare[1], bare, atol=1e-5)
+    assert stats.noise.shape == (64,) and 0 < float(stats.noise.mean()) < 1
+
+
+def test_the_corpus_is_parallel_and_its_parts_apart() -> None:
+    parts = [search.corpus(part) for part in ("search", "validation", "test")]
+    assert [len(part["en"]) for part in parts] == [210, 60, 90]
+    assert not set(parts[0]["ja"]) & set(parts[2]["ja"])
+
+
+def test_a_run(tiny: LanguageModel, tiny_sae: Path) -> None:
+    found = runs.run("language-latents", model=tiny, sae=str(tiny_sae), targets="fr,ja").result
+    assert found.scores.keys() == {"fr", "ja"} and found.overlap["fr"]["difference"] == 1
+    row = found.scores["fr"][0]
+    assert found.top("fr", "difference", 1) == [(int(row.abs().argmax()), float(row[row.abs().argmax()]))]
+    assert found.top("ja", "auroc", 2)[0][1] == float(found.scores["ja"][3].max())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(("xx", "en"), "no language"), (("de", "en"), "no sentences in de"), (("en", "en"), "both en")],
+)
+def test_impossible_targets_are_sentences(given: tuple[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        scores(planted(), *given)
