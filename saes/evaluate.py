@@ -52,7 +52,7 @@ def quality(
     model: LanguageModel,
     store: ActivationStore,
     sae: SAE,
-    sequences: Sequence[Int[Tensor, " pos"]],
+    sequences: Sequence[Int[Tensor, "_"]],
     hook: str | None = None,
 ) -> Quality:
     """Of an SAE or a transcoder, on some text. The output of a transcoder takes the place of what it is to write.
@@ -104,7 +104,7 @@ def check_fit(model: LanguageModel, sae: SAE, hook: str) -> None:
         )
 
 
-def text_loss(model: LanguageModel, sequences: Sequence[Int[Tensor, " pos"]], edit: Any = None) -> float:
+def text_loss(model: LanguageModel, sequences: Sequence[Int[Tensor, "_"]], edit: Any = None) -> float:
     """Cross-entropy in nats per token of the tokens from the third on: the first position is nobody's business here."""
     total, count = 0.0, 0
     for rows in by_length(sequences, AT_ONCE // model.config.d_vocab):
@@ -116,14 +116,14 @@ def text_loss(model: LanguageModel, sequences: Sequence[Int[Tensor, " pos"]], ed
     return total / count
 
 
-def by_length(sequences: Sequence[Int[Tensor, " pos"]], tokens: int) -> list[Int[Tensor, "batch pos"]]:
+def by_length(sequences: Sequence[Int[Tensor, "_"]], tokens: int) -> list[Int[Tensor, "_ _"]]:
     """Sequences of one length together, about so many tokens at a time."""
     lengths = sorted({len(one) for one in sequences})
     groups = [torch.stack([one for one in sequences if len(one) == length]) for length in lengths]
     return [rows for group in groups for rows in group.split(max(1, tokens // group.shape[1]))]
 
 
-def _transcoded(model: LanguageModel, sae: SAE, hook: str, out: str, sequences: Sequence[Int[Tensor, " pos"]]) -> float:
+def _transcoded(model: LanguageModel, sae: SAE, hook: str, out: str, sequences: Sequence[Int[Tensor, "_"]]) -> float:
     seen: dict[str, Tensor] = {}
 
     def read(given: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from plotly.subplots import make_subplots
 
 from saes.latents import Latents
+from saes.steering.language_steering import LanguageSteering
 from saes.steering.languages import LANGUAGES
 from saes.steering.search import LanguageLatents
 from saes.training_run import SaeTraining
@@ -17,6 +18,7 @@ from workbench import canvas
 from workbench.plots import definition, figure
 
 SHADES = (canvas.POSITIVE, canvas.NEGATIVE, "rgba(128,128,128,{})")
+SYMBOLS = ("circle", "diamond", "square", "cross", "x")
 LINES = ("solid", "dash", "dot", "dashdot")
 
 
@@ -103,6 +105,53 @@ def language_figure(result: LanguageLatents) -> go.Figure:
 
 @definition.register
 def _(result: LanguageLatents) -> str:
+    return result.definition
+
+
+@figure.register
+def steering_figure(result: LanguageSteering) -> go.Figure:
+    """Shares of test texts by method, with 95 % intervals; beside them what was tried on validation prompts."""
+    names = sorted(result.table, key=lambda name: (result.table[name].strict or 0, result.table[name].plain))
+    fig = make_subplots(rows=1, cols=2, column_widths=[0.55, 0.45], horizontal_spacing=0.16)
+    for key, colour in (("plain", canvas.NEGATIVE), ("strict", canvas.POSITIVE)):
+        values = [getattr(result.table[name], key) or 0.0 for name in names]
+        bounds = [getattr(result.table[name], f"{key}_interval") or (0.0, 0.0) for name in names]
+        fig.add_trace(
+            go.Bar(
+                x=values, y=[escape(name) for name in names], orientation="h", name=f"{key} success",
+                marker={"color": colour.format(0.85), "line_width": 0}, hovertemplate="%{y}: %{x:.3f}<extra></extra>",
+                error_x={
+                    "type": "data", "symmetric": False, "thickness": 1, "width": 2, "color": canvas.FAINT,
+                    "array": [high - x for x, (_, high) in zip(values, bounds, strict=True)],
+                    "arrayminus": [x - low for x, (low, _) in zip(values, bounds, strict=True)],
+                },
+            ), row=1, col=1,
+        )  # fmt: skip
+    for i, method in enumerate(dict.fromkeys(cell.method for cell in result.cells)):
+        some = [cell for cell in result.cells if cell.method == method and cell.verdict is not None]
+        fig.add_trace(
+            go.Scatter(
+                x=[cell.verdict.repetition for cell in some if cell.verdict],
+                y=[cell.verdict.plain for cell in some if cell.verdict],
+                mode="markers", name=f"{escape(method)}, tried",
+                marker={"size": 8, "symbol": SYMBOLS[i % len(SYMBOLS)], "color": SHADES[i % len(SHADES)].format(0.8)},
+                text=[
+                    f"{escape(cell.hook)}{'' if cell.latent is None else f' latent {cell.latent}'} × {cell.strength:g}"
+                    for cell in some
+                ],
+                hovertemplate="%{text}: success %{y:.2f}, repeated %{x:.2f}<extra></extra>",
+            ), row=1, col=2,
+        )  # fmt: skip
+    fig.update_xaxes(title_text="share of test texts", range=[0, 1.03], row=1, col=1)
+    fig.update_yaxes(automargin=True, row=1, col=1)
+    fig.update_xaxes(title_text="repeated pairs of tokens", range=[-0.02, 1.02], row=1, col=2)
+    fig.update_yaxes(title_text="plain success, validation", range=[-0.03, 1.03], row=1, col=2)
+    fig.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+    return canvas.finish(fig, 140 + 34 * len(names), top=50)
+
+
+@definition.register
+def _(result: LanguageSteering) -> str:
     return result.definition
 
 

@@ -117,7 +117,7 @@ def test_rows_are_steered_each_in_its_own_way(sae: SAE, tiny: LanguageModel) -> 
     """Other strengths, kinds, latents and layers in one batch: each row as it is alone."""
     tokens = prompts(tiny)
     early = Steering("blocks.0.hook_resid_post", 4.0, direction=random(32, seed=5))
-    plan = [steering(sae, "add", 4.0), None, steering(sae, "clamp", 9.0, latent=3), early]
+    plan = [steering(sae, "add", 4.0), None, steering(sae, "clamp", 9.0, latent=3), (early, steering(sae, "ablate"))]
     whole = steer(tiny, tokens, 10, plan, temperature=0.5, seeds=[1, 2, 3, 4])
     for i, one in enumerate(plan):
         alone = steer(tiny, tokens[i : i + 1], 10, [one], temperature=0.5, seeds=[i + 1])

@@ -114,37 +114,35 @@ class Steering:
 
 @dataclass
 class Steered:
-    """An edit of one hook point for one generation: row i of the batch is steered by plan[i], if there is any.
+    """An edit of one hook point for one generation: row i of the batch is steered by what plan[i] has there.
 
     It follows the positions of a text that is read in one pass and then token by token, or again and again from the
     start; applied: at how many positions each row was changed.
     """
 
-    plan: Sequence[Steering | None]
+    plan: Sequence[tuple[Steering, ...]]
     prompt: int
     applied: Int[Tensor, " row"]
     seen: int = 0
 
     @classmethod
-    def of(cls, plan: Sequence[Steering | None], prompt: int) -> Steered:
-        return cls(plan, prompt, torch.zeros(len(plan), dtype=torch.long))
+    def of(cls, plan: Sequence[Plan], prompt: int) -> Steered:
+        return cls([_all(one) for one in plan], prompt, torch.zeros(len(plan), dtype=torch.long))
 
     def __call__(self, x: Float[Tensor, "row pos d"]) -> Float[Tensor, "row pos d"]:
         again = self.seen and x.shape[1] > 1  # the whole text once more
         place = torch.arange(x.shape[1]) + (0 if again else self.seen)
         self.seen = int(place[-1]) + 1
-        groups: dict[int, list[int]] = {}
-        for i, one in enumerate(self.plan):
-            if one is not None:
-                groups.setdefault(id(one), []).append(i)
+        groups: dict[int, tuple[Steering, list[int]]] = {}
+        for i, some in enumerate(self.plan):
+            for one in some:
+                groups.setdefault(id(one), (one, []))[1].append(i)
         out = x.clone()
-        for rows in groups.values():
-            one = self.plan[rows[0]]
-            assert one is not None
+        for one, rows in groups.values():
             where = self._where(one, place)
             if bool(where.any()):
                 factor = one.decay ** (place[where] - self.prompt + 1).clamp(min=0).to(x)
-                part = x[rows][:, where]
+                part = out[rows][:, where]
                 out[torch.tensor(rows)[:, None], where.nonzero()[:, 0]] = part + one.change(part, factor[:, None])
                 self.applied[rows] += int(where.sum())
         return out
@@ -159,11 +157,18 @@ class Steered:
         return inside & (place > 0)
 
 
+Plan = Steering | tuple[Steering, ...] | None  # of one row; several act one after the other
+
+
+def _all(plan: Plan) -> tuple[Steering, ...]:
+    return () if plan is None else plan if isinstance(plan, tuple) else (plan,)
+
+
 @dataclass(frozen=True)
 class SteeredText:
-    """Texts of a steered generation, and whether the steering reached every token that it was to reach.
+    """Texts of a steered generation, and at how many positions each row was steered, by all of its plan together.
 
-    steps    forward passes; applied: in how many of these each row was steered
+    steps  forward passes
     """
 
     generated: Generated
@@ -179,7 +184,7 @@ def steer(
     model: LanguageModel,
     tokens: Int[Tensor, "row pos"],
     steps: int,
-    plan: Sequence[Steering | None],
+    plan: Sequence[Plan],
     *,
     temperature: float = 0.0,
     seeds: Sequence[int] | None = None,
@@ -192,17 +197,17 @@ def steer(
     """
     if len(plan) != len(tokens):
         raise UserError(f"there are {len(tokens)} rows and {len(plan)} plans; give one for each.")
-    hooks = sorted({one.hook for one in plan if one is not None})
+    hooks = sorted({one.hook for some in plan for one in _all(some)})
     edits = {
-        hook: Steered.of([one if one is not None and one.hook == hook else None for one in plan], tokens.shape[1])
+        hook: Steered.of([tuple(one for one in _all(some) if one.hook == hook) for some in plan], tokens.shape[1])
         for hook in hooks
     }
     edit: Mapping[Any, Callable[[Tensor], Tensor]] = dict(edits)
     made = generate(model, tokens, steps, edit=edit, temperature=temperature, seeds=seeds, cache=cache)
     applied = sum((each.applied for each in edits.values()), torch.zeros(len(tokens), dtype=torch.long))
     if cache:  # else every position is seen again and again
-        for i, one in enumerate(plan):
-            due = 0 if one is None else positions(one.scope, tokens.shape[1], made.passes)
+        for i, some in enumerate(plan):
+            due = sum(positions(one.scope, tokens.shape[1], made.passes) for one in _all(some))
             if int(applied[i]) != due:
                 raise RuntimeError(f"row {i} was steered at {int(applied[i])} positions, not at {due}")
     return SteeredText(made, made.passes, tuple(applied.tolist()))

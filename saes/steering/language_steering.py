@@ -1,0 +1,333 @@
+"""`wb run language-steering`: find the latent that makes a model go on in another language, choose how to steer with it
+on validation prompts, and say on test prompts what it and every alternative do.
+
+1. Latents are scored on parallel sentences (`search`), and the best few of each SAE are tried at several strengths, a
+   multiple of the difference that was measured between the languages. How much of the next token's probability comes to
+   lie on tokens of the target language tells quickly which are worth writing with.
+2. On validation prompts the most promising write texts. The recipe is the one with the most texts that succeed
+   strictly, of equal ones that of best score.
+3. The baselines get the same: every layer, their own strengths, chosen on validation prompts. Controls are as long as
+   what the recipe adds.
+4. Test prompts, which nothing was chosen on, are written to once by each.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saes.evaluate import check_fit
+from saes.pretrained import load
+from saes.sae import SAE
+from saes.steering import baselines
+from saes.steering.evaluate import Unsteered, Verdict, Written, judge, prompts, write
+from saes.steering.languages import LANGUAGES, check, identify
+from saes.steering.search import LanguageStats, best, corpus, scores, statistics
+from saes.steering.steer import Plan, Steered, Steering
+from workbench import parts
+from workbench.activations import ActivationStore
+from workbench.errors import UserError
+from workbench.models import LanguageModel
+from workbench.registry import analysis
+
+STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # of latents; baselines: 0.5 to 2
+RANKINGS = ("difference", "monolinguality", "langfir")
+MOST = 0.9  # of the mass that a latent can have
+OWN = 0.9  # share of a token's occurrences in one language from which it counts as that language's
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to steer, locked before the test: one latent at one layer with one strength."""
+
+    model: str
+    sae: str
+    hook: str
+    latent: int
+    strength: float
+    unit: float
+    kind: str
+    scope: str
+    target: str
+    source: str
+
+    def steering(self, sae: SAE) -> Steering:
+        """With the SAE that it names."""
+        return Steering(
+            self.hook, self.strength, self.kind, sae=sae, latent=self.latent, unit=self.unit, scope=self.scope  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to steer, on validation prompts."""
+
+    method: str
+    hook: str
+    latent: int | None
+    strength: float
+    mass: float
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True)
+class LanguageSteering:
+    """
+    recipe     what was chosen
+    cells      what was tried on validation prompts: the mass on tokens of the target, and texts for the most promising
+    table      test: verdicts by method, the recipe as "latent"
+    examples   by method: prompt, text
+    front      of the cells with texts those that no other beats in both clean and fidelity, by name
+    vocabulary how many tokens count as the target language's
+    """
+
+    recipe: Recipe
+    cells: tuple[Cell, ...]
+    table: dict[str, Verdict]
+    examples: dict[str, tuple[tuple[str, str], ...]]
+    detector: float
+    vocabulary: int
+    definition: str
+
+    @property
+    def front(self) -> list[Cell]:
+        """Cells that no other one beats in both plain success and little repetition."""
+        seen = [cell for cell in self.cells if cell.verdict is not None]
+
+        def beaten(a: Verdict, b: Verdict) -> bool:
+            both = ((b.plain, -b.repetition), (a.plain, -a.repetition))
+            return both[0] != both[1] and all(x >= y for x, y in zip(*both, strict=True))
+
+        return [
+            one for one in seen
+            if not any(beaten(one.verdict, other.verdict) for other in seen)  # type: ignore[arg-type]
+        ]  # fmt: skip
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "recipe": vars(self.recipe),
+            "table": {name: verdict.summary() for name, verdict in self.table.items()},
+            "detector_on_held_out_text": round(self.detector, 3),
+            "definition": self.definition,
+        }
+
+
+@analysis("language-steering", model="gemma-3-270m")
+def language_steering(
+    model: LanguageModel,
+    store: ActivationStore,
+    seed: int,
+    *,
+    sae: str = "",
+    target: str = "fr",
+    source: str = "en",
+    top: int = 3,
+    written: int = 12,
+    steps: int = 40,
+    temperature: float = 0.5,
+    n_validation: int = 50,
+    n_test: int = 110,
+) -> LanguageSteering:
+    """Find, choose and prove the latent that makes a model go on in another language.
+
+    sae           a name, a run or a folder; all its SAEs are searched
+    target        language to steer to
+    source        language of the prompts
+    top           latents of each ranking and SAE that are tried
+    written       cells of the sweep whose texts are written and judged
+    steps         new tokens
+    temperature   of sampling
+    n_validation  prompts to choose on, n_test: others to report on
+    n_test        prompts to report on
+    """
+    if check(target) == check(source):
+        raise UserError(f"the target and the source are both {target}; steer towards another language.")
+    bases = load(sae)
+    for hook, one in bases.items():
+        check_fit(model, one, hook)
+        if one.transcoder:
+            raise UserError(f"{sae} at {hook} is a transcoder, which does not write where it reads; give an SAE.")
+    parallel = corpus("search")
+    stats = {hook: statistics(model, store, one, parallel, seed) for hook, one in bases.items()}
+    ids = own_tokens(model, parallel, target)
+    chance = Writing(model, prompts("validation")[:n_validation], steps, temperature, seed)
+    sweep = Sweep(chance, target, ids, chance.unsteered())
+
+    latents = [one for hook in bases for one in candidates(bases[hook], stats[hook], target, source, top)]
+    tried = [one.at(strength) for one in latents for strength in STRENGTHS]
+    cells = parts.once("latents", Cells, lambda: sweep.run("latent", tried, written))
+    chosen = cells.best(tried)
+    plain = {
+        name: [step.at(s) for step in some for s in (0.5, 1.0, 1.5, 2.0)]
+        for name, some in _baselines(model, store, list(bases), parallel, target, source).items()
+    }
+    found = {
+        name: parts.once(f"baseline-{name}", Cells, lambda name=name, some=some: sweep.run(name, some, written // 2))  # type: ignore[misc]
+        for name, some in plain.items()
+    }
+    plans: dict[str, Plan] = {"latent": chosen, **{name: found[name].best(plain[name]) for name in plain}}
+    neurons = baselines.lape(model, parallel, target, source)
+    plans |= {"LAPE": neurons} if neurons else {}
+    other = next(name for name in LANGUAGES if name not in (target, source))
+    wrong = candidates(bases[chosen.hook], stats[chosen.hook], other, source, 1)[0]
+    plans |= baselines.controls(chosen, stats[chosen.hook], wrong, seed)
+    test = Writing(model, prompts("test")[:n_test], steps, temperature, seed)
+    table, examples = test.report(plans, target)
+    assert chosen.latent is not None
+    return LanguageSteering(
+        Recipe(
+            model.name, sae, chosen.hook, chosen.latent, chosen.strength, chosen.unit, chosen.kind, chosen.scope,
+            target, source,
+        ),
+        cells.cells + tuple(cell for one in found.values() for cell in one.cells),
+        table, examples, detector(target), len(ids),
+        f"{steps} new tokens at temperature {temperature:g} after {len(test.given)} test prompts, chosen on "
+        f"{len(chance.given)} others",
+    )  # fmt: skip
+
+
+# ---- choosing ----
+
+
+def candidates(sae: SAE, stats: LanguageStats, target: str, source: str, top: int) -> list[Steering]:
+    """The best latents of an SAE by several rankings, as ways to steer: unit is the difference of their means over
+    tokens between the two languages."""
+    found = scores(stats, target, source)
+    means = stats.sentences.mean(1)
+    difference = means[stats.languages.index(target)] - means[stats.languages.index(source)]
+    numbers = list(dict.fromkeys(latent for name in RANKINGS for latent, _ in best(found[name], name, top)))
+    return [Steering(stats.hook, 1.0, sae=sae, latent=one, unit=float(difference[one])) for one in numbers]
+
+
+def own_tokens(model: LanguageModel, parallel: Mapping[str, Sequence[str]], target: str) -> Int[Tensor, " token"]:
+    """Token ids that occur in the target language almost alone, in our parallel sentences."""
+    counts = {name: Counter(i for text in some for i in model.token_ids(text)) for name, some in parallel.items()}
+    total: Counter[int] = Counter()
+    for some in counts.values():
+        total.update(some)
+    ids = [i for i, n in counts[target].items() if n / total[i] >= OWN]
+    if not ids:
+        raise UserError(f"no token of {model.name} is {target}'s own in the sentences; it cannot write the language.")
+    return torch.tensor(sorted(ids))
+
+
+def _baselines(
+    model: LanguageModel, store: ActivationStore, hooks: Sequence[str], parallel: Mapping[str, Sequence[str]],
+    target: str, source: str,
+) -> dict[str, list[Steering]]:  # fmt: skip
+    """By name, one for each hook point."""
+    found: dict[str, list[Steering]] = {}
+    for hook in hooks:
+        for name, one in baselines.directions(model, store, hook, parallel[target], parallel[source]).items():
+            found.setdefault(name, []).append(one)
+    return found
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What was tried, in the order of the ways to steer."""
+
+    cells: tuple[Cell, ...]
+
+    def best(self, tried: Sequence[Steering]) -> Steering:
+        """Most strict success, then best score; of those that wrote nothing none."""
+
+        def rank(i: int) -> tuple[float, float, float]:
+            cell = self.cells[i]
+            if cell.verdict is None:
+                return (-1.0, 0.0, cell.mass)
+            return (cell.verdict.strict or 0.0, cell.verdict.score or 0.0, cell.mass)
+
+        return tried[max(range(len(tried)), key=rank)]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Texts on some prompts, always by the same chance."""
+
+    model: LanguageModel
+    given: Sequence[str]
+    steps: int
+    temperature: float
+    seed: int
+
+    def write(self, plans: Sequence[Plan]) -> list[Written]:
+        return write(self.model, self.given, plans, self.steps, temperature=self.temperature, seed=self.seed)
+
+    def unsteered(self) -> Unsteered:
+        return Unsteered.of(self.model, self.given, self.steps, temperature=self.temperature, seed=self.seed)
+
+    def report(
+        self, plans: Mapping[str, Plan], target: str
+    ) -> tuple[dict[str, Verdict], dict[str, tuple[tuple[str, str], ...]]]:
+        """Verdicts and examples by method, with prompting and nothing at all beside."""
+        beside = self.unsteered()
+        told = replace(self, given=baselines.instructed(self.given, target)).write([None])[0]
+        texts = dict(zip(plans, self.write(list(plans.values())), strict=True))
+        texts |= {"prompting": replace(told, prompts=tuple(self.given)), "none": beside.again}
+        return (
+            {name: judge(one, target, beside, self.model) for name, one in texts.items()},
+            {name: tuple(zip(one.prompts[:5], one.texts[:5], strict=True)) for name, one in texts.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Ways to steer on validation prompts: the mass of all, texts of the most promising."""
+
+    writing: Writing
+    target: str
+    ids: Int[Tensor, " token"]
+    beside: Unsteered
+
+    def run(self, method: str, tried: Sequence[Steering], written: int) -> Cells:
+        """written: how many are written with. Of each layer and latent first the least strength that has most of what
+        mass it can have, then those around it; layers and latents in turn, so that none takes all the places."""
+        masses = [self.mass(one) for one in tried]
+        groups: dict[tuple[str, int | None], list[int]] = {}
+        for i, one in enumerate(tried):
+            groups.setdefault((one.hook, one.latent), []).append(i)
+        orders = []
+        for group in sorted(groups.values(), key=lambda group: -max(masses[i] for i in group)):
+            most = max(masses[i] for i in group)
+            enough = next(place for place, i in enumerate(group) if masses[i] >= MOST * most)
+            orders.append([group[place] for place in sorted(range(len(group)), key=lambda p: abs(p - enough))])
+        turns = [order[turn] for turn in range(len(STRENGTHS)) for order in orders if turn < len(order)]
+        chosen = turns[:written]
+        texts = self.writing.write([tried[i] for i in chosen])
+        seen = {i: judge(text, self.target, self.beside) for i, text in zip(chosen, texts, strict=True)}
+        return Cells(
+            tuple(
+                Cell(method, one.hook, one.latent, one.strength, mass, seen.get(i))
+                for i, (one, mass) in enumerate(zip(tried, masses, strict=True))
+            )
+        )
+
+    def mass(self, one: Steering) -> float:
+        """Probability of the next token on tokens of the target language, mean over prompts."""
+        model, total = self.writing.model, 0.0
+        sequences = [model.tokenize(text) for text in self.writing.given]
+        for length in sorted({len(row) for row in sequences}):
+            rows = torch.stack([row for row in sequences if len(row) == length])
+            edit = Steered.of([one] * len(rows), length)
+            logits = model.run(rows, edit={one.hook: edit}, logits="last").logits
+            assert logits is not None
+            total += float(self._share(logits[:, -1]).sum())
+        return total / len(sequences)
+
+    def _share(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
+        return logits.float().softmax(-1)[:, self.ids.to(logits.device)].sum(-1)
+
+
+def detector(target: str) -> float:
+    """How often the language identification is right on held-out sentences of ours, two at a time: what `plain` can be
+    trusted for."""
+    rows = corpus("test", [target])[target]
+    pairs = [f"{a} {b}" for a, b in zip(rows[::2], rows[1::2], strict=False)]
+    return sum(identify(text)[0] == target for text in pairs) / len(pairs)

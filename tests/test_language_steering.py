@@ -1,0 +1,221 @@
+"""The whole of language steering on a model in which one direction writes French tokens: it is found, and its controls
+do nothing. And the judges, on texts of which it is known what they are."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from saes.sae import SAE
+from saes.steering import baselines, language_steering
+from saes.steering.evaluate import Unsteered, Written, bits, glance, judge, prompts, write
+from saes.steering.language_steering import Sweep, Writing, own_tokens
+from saes.steering.search import corpus
+from saes.steering.steer import Steering
+from workbench import runs, texts
+from workbench.activations import ActivationStore
+from workbench.errors import UserError
+from workbench.models import LanguageModel
+
+HOOK = "blocks.2.hook_resid_post"
+PLANTED = 7
+
+
+@pytest.fixture(scope="module")
+def french(tiny: LanguageModel) -> LanguageModel:
+    """`tiny`, with the unembedding of tokens that occur in French alone raised along one direction."""
+    module = copy.deepcopy(tiny._module)
+    model = LanguageModel(module, tiny.tokenizer, name="french", fingerprint="french")
+    ids = own_tokens(model, corpus("search"), "fr")
+    head = module.lm_head
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    head.weight[ids] += 1.5 * direction() / module.model.norm.weight.detach()
+    return model
+
+
+def direction() -> Tensor:
+    x = torch.randn(32, generator=torch.Generator().manual_seed(11))
+    return x / x.norm()
+
+
+@pytest.fixture(scope="module")
+def planted(tiny_sae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SAE after the last block, one of whose latents writes that direction."""
+    sae = SAE.load(tiny_sae)
+    W_dec, W_enc = sae.W_dec.clone(), sae.W_enc.clone()
+    W_dec[PLANTED], W_enc[:, PLANTED] = direction(), direction()
+    folder = tmp_path_factory.mktemp("planted") / "sae"
+    replace(sae, kind="standard", k=None, W_dec=W_dec, W_enc=W_enc, about={"hook_name": HOOK}).save(folder)
+    return folder
+
+
+def sweep(model: LanguageModel) -> Sweep:
+    writing = Writing(model, prompts("validation")[:6], 5, 0.5, 0)
+    return Sweep(writing, "fr", own_tokens(model, corpus("search"), "fr"), writing.unsteered())
+
+
+def test_mass_is_that_of_the_softmax_and_the_planted_latent_has_all_of_it(french: LanguageModel, planted: Path) -> None:
+    sae, tried = SAE.load(planted), sweep(french)
+    strong = Steering(HOOK, 20.0, sae=sae, latent=PLANTED)
+    by_hand = []
+    for text in tried.writing.given:
+        x = french.run(french.tokenize(text)[None], capture=[HOOK], logits="none")[HOOK][0, -1]
+        by_hand.append(float(french.unembed(x + 20 * direction()).softmax(-1)[tried.ids].sum()))
+    assert tried.mass(strong) == pytest.approx(sum(by_hand) / 6, abs=1e-5)
+    assert tried.mass(strong) > 0.9
+    none = tried.mass(strong.at(0.0))
+    controls = [Steering(HOOK, 20.0, sae=sae, latent=other) for other in (3, 20)]
+    assert max(map(tried.mass, controls)) < none + 0.2 < 0.7
+
+
+def test_the_sweep_writes_with_the_least_strength_that_does(french: LanguageModel, planted: Path) -> None:
+    sae, tried = SAE.load(planted), sweep(french)
+    steps = [Steering(HOOK, s, sae=sae, latent=i) for i in (3, PLANTED) for s in (1.0, 5.0, 20.0, 40.0)]
+    cells = tried.run("latent", steps, 2).cells
+    assert [cell.mass for cell in cells] == pytest.approx([tried.mass(one) for one in steps])
+    written = [cell for cell in cells if cell.verdict is not None]
+    assert len(written) == 2 and {cell.latent for cell in written} == {3, PLANTED}
+    (mine,) = (cell for cell in written if cell.latent == PLANTED)
+    most = max(cell.mass for cell in cells if cell.latent == PLANTED)
+    enough = [cell.strength for cell in cells if cell.latent == PLANTED and cell.mass >= 0.9 * most]
+    assert mine.strength == min(enough)
+
+
+def test_a_run_from_search_to_table(french: LanguageModel, planted: Path) -> None:
+    run = runs.run(
+        "language-steering", model=french, sae=str(planted), top=1, written=2, steps=5, n_validation=4, n_test=5
+    )
+    found = run.result
+    assert {
+        "latent",
+        "DiffMean",
+        "PCA",
+        "probe",
+        "random direction",
+        "random latent",
+        "prompting",
+        "none",
+    } <= found.table.keys()
+    assert all(verdict.n == 5 for verdict in found.table.values())
+    assert found.recipe.hook == HOOK and found.recipe.steering(SAE.load(planted)).latent == found.recipe.latent
+    assert found.detector > 0.95 and found.vocabulary > 10
+    assert all(cell in found.cells for cell in found.front) and found.front
+    for given, message in (({"target": "en"}, "both en"), ({"target": "xx"}, "no language")):
+        with pytest.raises(UserError, match=message):
+            runs.run("language-steering", model=french, sae=str(planted), **given)
+
+
+# ---- writing and judging ----
+
+
+def test_texts_are_those_of_each_plan_and_prompt_alone(tiny: LanguageModel, tiny_sae: Path) -> None:
+    sae = SAE.load(tiny_sae)
+    given = prompts("validation")[:7]
+    one = Steering(sae.hook, 3.0, sae=sae, latent=5)
+    both = write(tiny, given, [None, one], 6)
+    for plan, written in zip((None, one), both, strict=True):
+        alone = [write(tiny, given, [plan], 6)[0].texts[i] for i in range(7)]
+        assert list(written.texts) == alone and written.prompts == tuple(given)
+    assert all(n == 0 for n in both[0].applied) and all(n > 5 for n in both[1].applied)
+    assert both[0].texts != both[1].texts
+    with pytest.raises(UserError, match="neither zero"):
+        write(tiny, ["", "a"], [None], 2)
+
+
+def fake(some: list[str], given: list[str]) -> Written:
+    return Written(tuple(given), tuple(some), tuple(tuple(range(30)) for _ in some), (0,) * len(some))
+
+
+def test_verdicts_on_texts_that_are_known() -> None:
+    """Translations of the unsteered texts succeed strictly; translations of others' texts only plainly."""
+    rows = [
+        row
+        for row in map(json.loads, texts.PARALLEL.read_text(encoding="utf-8").splitlines())
+        if row["split"] == "search"
+    ]
+    rows = [row for row in rows if len(row["fr"]) > 70][:30]
+    english, french = ([row[language] for row in rows] for language in ("en", "fr"))
+    beside = Unsteered(fake(english, english), fake(english, english))
+    right = judge(fake(french, english), "fr", beside)
+    wrong = judge(fake(french[7:] + french[:7], english), "fr", beside)
+    assert right.plain == wrong.plain == 1 and right.strict is not None and wrong.strict is not None
+    assert right.strict > 0.9 and wrong.strict < 0.75
+    assert right.fidelity is not None and wrong.fidelity is not None and right.fidelity > wrong.fidelity + 0.3
+    assert judge(fake(english, english), "fr", beside).plain < 0.1
+    same = judge(fake(english, english), "en", beside)
+    assert same.fidelity == pytest.approx(1, abs=0.02) and same.score == pytest.approx(1, abs=0.02)
+    seen = glance(fake(french[:5] + english[:5], english[:10]), "fr")
+    assert seen.plain == 0.5 and seen.labels == {"fr": 5, "en": 5}
+
+
+def test_bits_per_byte_by_hand(tiny: LanguageModel) -> None:
+    written = write(tiny, prompts("test")[:2], [None], 4)[0]
+    total = 0.0
+    for prompt, tokens in zip(written.prompts, written.tokens, strict=True):
+        row = tiny.tokenize(prompt).tolist()
+        for token in tokens:
+            logits = tiny.run(torch.tensor([row]), logits="last").logits
+            assert logits is not None
+            total -= float(logits[0, -1].log_softmax(-1)[token]) / torch.log(torch.tensor(2.0)).item()
+            row.append(token)
+    assert bits(tiny, written) == pytest.approx(total / sum(len(text.encode()) for text in written.texts), rel=1e-4)
+
+
+# ---- baselines ----
+
+
+def test_directions_are_those_of_the_means(tiny: LanguageModel, store: ActivationStore) -> None:
+    """DiffMean by hand; all of length 1 and pointing to the target; the probe tells the languages apart."""
+    parallel = corpus("search", ["en", "ru"])
+    ours, theirs = parallel["ru"][:40], parallel["en"][:40]
+    found = baselines.directions(tiny, store, HOOK, ours, theirs)
+
+    def tokens(some: list[str]) -> list[Tensor]:
+        return [tiny.run(tiny.tokenize(t)[None], capture=[HOOK], logits="none")[HOOK][0, 1:] for t in some]
+
+    mean = torch.cat(tokens(ours)).mean(0) - torch.cat(tokens(theirs)).mean(0)
+    assert torch.allclose(found["DiffMean"].vector * found["DiffMean"].unit, mean, atol=1e-4)
+    for one in found.values():
+        assert float(one.vector.norm()) == pytest.approx(1, abs=1e-4) and float(one.vector @ mean) > 0
+        assert one.unit == pytest.approx(float(mean.norm()), rel=1e-4)
+    sides = [torch.stack([x.mean(0) for x in tokens(some)]) @ found["probe"].vector for some in (ours, theirs)]
+    assert float((sides[0][:, None] > sides[1][None]).float().mean()) > 0.95
+
+
+def test_neurons_are_of_one_language_and_move_by_its_difference(tiny: LanguageModel) -> None:
+    parallel = {name: some[:20] for name, some in corpus("search", ["en", "ru", "ja"]).items()}
+    found = baselines.lape(tiny, parallel, "ru", "en")
+    assert found and sum(int((one.vector != 0).sum()) for one in found) <= 0.03 * 3 * 64 + 1
+    one = found[0]
+    neuron = int(one.vector.abs().argmax())
+    levels = {}
+    for name, some in parallel.items():
+        x = torch.cat(
+            [tiny.run(tiny.tokenize(t)[None], capture=[one.hook], logits="none")[one.hook][0, 1:] for t in some]
+        )
+        levels[name] = (float(x[:, neuron].mean()), float((x[:, neuron] > 0).float().mean()))
+    assert float(one.vector[neuron]) == pytest.approx(levels["ru"][0] - levels["en"][0], rel=1e-3)
+    assert levels["ru"][1] == max(rate for _, rate in levels.values())
+
+
+def test_controls_are_as_long_as_what_the_latent_adds(
+    tiny: LanguageModel, store: ActivationStore, tiny_sae: Path
+) -> None:
+    sae = SAE.load(tiny_sae)
+    stats = language_steering.statistics(
+        tiny, store, sae, {n: s[:10] for n, s in corpus("search", ["en", "fr"]).items()}
+    )
+    best = Steering(sae.hook, 3.0, sae=sae, latent=4, unit=1.7)
+    found = baselines.controls(best, stats, Steering(sae.hook, 1.0, sae=sae, latent=9))
+    added = best.change(torch.zeros(1, 32), torch.ones(1, 1))
+    for plan in found.values():
+        assert isinstance(plan, Steering)
+        other = plan.change(torch.zeros(1, 32), torch.ones(1, 1))
+        assert float(other.norm()) == pytest.approx(float(added.norm()), rel=1e-5)
+    assert baselines.instructed(["A"], "fr") == ["Le texte suivant est en français.\nA"]
