@@ -16,7 +16,7 @@ latents come back so. Which are largest is decided by pre-activation times norm 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,6 +28,7 @@ from saes.active import DENSE, Active
 from workbench.errors import UserError, unknown
 
 Architecture = Literal["topk", "batchtopk", "matryoshka", "jumprelu", "standard"]
+ALIGNED = 8  # columns beside those of the activations; one is used
 BLOCKS = 16  # candidates for the largest of a row are sought in blocks of so many
 
 
@@ -131,9 +132,11 @@ class Step:
 
 @dataclass
 class Chooser:
-    """Chooses the largest. It knows what the last step's smallest was, below which few candidates have to be sought."""
+    """Chooses the largest. It knows what the last step's smallest was, below which few candidates have to be sought,
+    and keeps the memory of the last step's scores."""
 
-    bound: float = field(default=-1.0)
+    bound: float = -1.0
+    space: Tensor | None = None
 
     def topk(self, score: Float[Tensor, "row latent"], k: int) -> Active:
         """The k largest of each row. The k blocks with the largest maxima hold them, whatever else is in these."""
@@ -173,7 +176,7 @@ def step(
 ) -> Step:
     """The losses of some rows, to be differentiated. y is x, or what a transcoder is to write; price: share of l1 or l0
     that is charged by now."""
-    before = pre(w, x, spec)
+    before = scores(w, x, spec, chooser)
     if spec.largest:
         return _largest(w, x, y, before, spec, chooser, dead)
     if spec.architecture == "jumprelu":
@@ -182,22 +185,45 @@ def step(
 
 
 @torch.no_grad()
-def pre(w: Weights, x: Float[Tensor, "row d_in"], spec: Spec) -> Float[Tensor, "row latent"]:
-    """Before the activation function, without gradient; in the precision that decides which are active."""
-    centred = x - w.b_dec if spec.subtract else x
+def scores(
+    w: Weights, x: Float[Tensor, "row d_in"], spec: Spec, chooser: Chooser | None = None
+) -> Float[Tensor, "row latent"]:
+    """What decides which latents are active, without gradient, in the precision that does so: pre-activations, times
+    the norms of the decoder rows where the largest are chosen.
+
+    One product with nothing before or after it: norms are multiplied into the encoder, and the bias is a row of it that
+    meets a column of ones: each pass over all rows and latents would cost a tenth of the product. So does memory that
+    is new every time, which the chooser therefore keeps.
+    """
+    factor = _norms(w) if spec.largest else w.bias.new_ones(())
+    width = x.shape[1]
+    left, right = x.new_zeros(len(x), width + ALIGNED), w.enc.new_zeros(len(w.enc), width + ALIGNED)
+    torch.sub(x, w.b_dec if spec.subtract else 0, out=left[:, :width])
+    torch.mul(w.enc, factor[:, None] if spec.largest else factor, out=right[:, :width])
+    left[:, width], right[:, width] = 1, w.bias * factor
     if spec.selection == "bfloat16":
-        return (centred.bfloat16() @ w.enc.bfloat16().T).float() + w.bias
-    return torch.addmm(w.bias, centred, w.enc.T)
+        left, right = left.bfloat16(), right.bfloat16()
+    if chooser is None or chooser.space is None or chooser.space.shape != (len(x), len(w.enc)):
+        made = left @ right.T
+        if chooser is not None:
+            chooser.space = made
+        return made
+    return torch.mm(left, right.T, out=chooser.space)
 
 
-def _encoded(w: Weights, x: Tensor, pre: Tensor, active: Active, spec: Spec) -> Float[Tensor, " value"]:
+def _norms(w: Weights) -> Float[Tensor, " latent"]:
+    return w.norms.detach().clamp(min=1e-12)
+
+
+def _encoded(w: Weights, x: Tensor, score: Tensor, active: Active, spec: Spec) -> Float[Tensor, " value"]:
     """Pre-activations at the active latents, with their gradient."""
     shift = w.b_dec if spec.subtract else None
     with torch.no_grad():
         if spec.selection == "bfloat16":
             values = active.dots(x if shift is None else x - shift, w.enc) + active.spread(w.bias)
         else:
-            values = active.at(pre)
+            values = active.at(score)
+            values = values / active.spread(_norms(w)) if spec.largest else values
     return active.encode(values, x, w.enc, w.bias, shift)
 
 
@@ -206,28 +232,26 @@ def _error(recon: Float[Tensor, "row d"], y: Float[Tensor, "row d"]) -> Float[Te
 
 
 def _largest(
-    w: Weights, x: Tensor, y: Tensor, pre: Tensor, spec: Spec, chooser: Chooser, dead: Bool[Tensor, " latent"]
+    w: Weights, x: Tensor, y: Tensor, score: Tensor, spec: Spec, chooser: Chooser, dead: Bool[Tensor, " latent"]
 ) -> Step:
-    norms = w.norms.detach()
-    score = pre * norms
     if spec.architecture == "topk":
         active = chooser.topk(score, int(spec.k))
     else:
         active = chooser.together(score, int(spec.k * len(x)))
-    values = _encoded(w, x, pre, active, spec).relu()
+    values = _encoded(w, x, score, active, spec).relu()
     losses, recon, low = {}, w.b_dec.expand_as(y), 0
     for width in (*spec.widths, spec.latents):
         part, inside = active.part(low, width) if spec.widths else (active, slice(None))
         recon, low = recon + part.decode(values[inside], w.dec), width
         losses["error" if width == spec.latents else f"error_{width}"] = _error(recon, y)
-    losses["aux"] = _aux(w, x, (y - recon).detach(), pre, score, spec, chooser, dead)
+    losses["aux"] = _aux(w, x, (y - recon).detach(), score, spec, chooser, dead)
     with torch.no_grad():
         positive = (values > 0).float()
         return Step(losses, active.per_latent(positive) > 0, positive.sum() / len(x))
 
 
 def _aux(
-    w: Weights, x: Tensor, left: Tensor, pre: Tensor, score: Tensor, spec: Spec, chooser: Chooser, dead: Tensor
+    w: Weights, x: Tensor, left: Tensor, score: Tensor, spec: Spec, chooser: Chooser, dead: Tensor
 ) -> Float[Tensor, ""]:
     n = int(dead.sum())
     if n == 0 or spec.aux == 0:
@@ -236,7 +260,7 @@ def _aux(
     which = dead.nonzero()[:, 0]
     found = score[:, which].topk(min(most, n), dim=-1, sorted=False).indices
     active = Active.fixed(which[found], spec.latents)
-    recon = active.decode(_encoded(w, x, pre, active, spec), w.dec)
+    recon = active.decode(_encoded(w, x, score, active, spec), w.dec)
     return spec.aux * min(n / most, 1.0) * _error(recon, left)
 
 

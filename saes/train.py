@@ -124,8 +124,14 @@ class Training:
         threshold = None if w.threshold is None else w.threshold * norms / out
         if spec.architecture in ("batchtopk", "matryoshka"):
             x = some[self.place.hook].to(w.bias.device, torch.float32) * into
-            score = objectives.pre(w, x, spec) * norms
-            values = score.relu().flatten().topk(int(spec.k * len(x)) + 1, sorted=True).values
+            values = (
+                objectives.scores(w, x, spec)
+                .float()
+                .relu()
+                .flatten()
+                .topk(int(spec.k * len(x)) + 1, sorted=True)
+                .values
+            )
             kind, threshold = "jumprelu", torch.full_like(w.bias, float(values[-2:].mean()) / out)
         return SAE(
             kind, **{name: x.detach().clone() for name, x in tensors.items()},

@@ -132,7 +132,7 @@ def test_a_training_step(shape: str) -> None:
     losses: dict[str, float] = {}
     timings = harness.interleave(
         {name: stepping(step, data) for name, step in steps.items()},
-        rounds=harness.size(7, 1),
+        rounds=harness.ROUNDS,
         check=losses.__setitem__,
     )
     for name, loss in losses.items():  # the same maths, but for which few latents a decision in half precision takes
