@@ -26,7 +26,7 @@ LINES = ("solid", "dash", "dot", "dashdot")
 def training_figure(result: SaeTraining) -> go.Figure:
     """Error over rows, active and dead latents; beside them what is recovered and what is unexplained."""
     fig = make_subplots(
-        rows=2, cols=2, column_widths=[0.6, 0.4], horizontal_spacing=0.14, vertical_spacing=0.14,
+        rows=2, cols=2, column_widths=[0.6, 0.4], horizontal_spacing=0.26, vertical_spacing=0.14,
         specs=[[{}, {"rowspan": 2}], [{}, None]], row_heights=[0.62, 0.38],
     )  # fmt: skip
     batch = result.about["batch"]
@@ -121,7 +121,7 @@ def steering_figure(result: LanguageSteering) -> go.Figure:
                 x=values, y=[escape(name) for name in names], orientation="h", name=f"{key} success",
                 marker={"color": colour.format(0.85), "line_width": 0}, hovertemplate="%{y}: %{x:.3f}<extra></extra>",
                 error_x={
-                    "type": "data", "symmetric": False, "thickness": 1, "width": 2, "color": canvas.FAINT,
+                    "type": "data", "symmetric": False, "thickness": 1, "width": 3, "color": SHADES[2].format(0.9),
                     "array": [high - x for x, (_, high) in zip(values, bounds, strict=True)],
                     "arrayminus": [x - low for x, (low, _) in zip(values, bounds, strict=True)],
                 },
