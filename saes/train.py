@@ -1,5 +1,9 @@
 """Training SAEs on a stream of activations, several at once from one pass over the store.
 
+Of several processes, as `torchrun` starts them (`workbench.processes`), each learns from its share of every batch:
+`topk`, `jumprelu` and `standard` become what one process makes of them; `batchtopk` and `matryoshka` choose the largest
+of each share.
+
 Activations are scaled so that their mean length is the square root of their width (`expected_average_only_in`), by a
 factor that the first rows give and that the finished weights have folded in. Each training has parameters, moments,
 counters and a place in the stream; all of these are in its checkpoint, so that one that is killed goes on bit for bit.
@@ -55,6 +59,7 @@ class Training:
 
         Raises UserError if the learning rate rises and falls for longer than there are steps.
         """
+        processes.join(str(device))
         if spec.warm_up + spec.decay > steps:
             raise UserError(
                 f"the learning rate rises for {spec.warm_up} and falls for {spec.decay} steps, and there are {steps}."
@@ -226,7 +231,8 @@ class Progress:
         steps = next(iter(self.trainings.values())).steps
         started, before, kept = clock(), self.seconds, self.seconds
         note = max(1, steps // points)
-        with tqdm(total=steps, initial=self.done, desc="train-sae", disable=None, leave=False) as bar:
+        silent = processes.number() > 0 or None  # None: where nobody looks
+        with tqdm(total=steps, initial=self.done, desc="train-sae", disable=silent, leave=False) as bar:
             while self.done < steps:
                 rows = next(stream)
                 for name, one in self.trainings.items():
@@ -234,14 +240,16 @@ class Progress:
                     if one.done % note == 0 or one.done == steps:
                         self._note(name, one, found)
                 bar.update()
-                self.seconds = before + clock() - started
+                self.seconds = processes.first(before + clock() - started)
                 if self.seconds - kept >= every and self.done < steps:
                     kept = self.seconds
                     self.checkpoint()
         self.checkpoint()
 
     def _note(self, name: str, one: Training, found: objectives.Step) -> None:
-        losses = {key: float(x.detach()) for key, x in found.losses.items()}
+        parts_of_loss = {key: x.detach().clone() for key, x in found.losses.items()}
+        processes.average([*parts_of_loss.values(), found.l0])
+        losses = {key: float(x) for key, x in parts_of_loss.items()}
         row = {"step": float(one.done), "loss": sum(losses.values()), "l0": float(found.l0)}
         row |= {"dead": float(one.dead.float().mean()), **losses}
         for key, value in row.items():
