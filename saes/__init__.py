@@ -6,5 +6,6 @@ from saes import figures as figures
 from saes import latents as latents
 from saes import pretrained as pretrained
 from saes import training_run as training_run
+from saes.steering import heads as heads
 from saes.steering import language_steering as language_steering
 from saes.steering import search as search

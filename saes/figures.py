@@ -10,12 +10,14 @@ import torch
 from plotly.subplots import make_subplots
 
 from saes.latents import Latents
+from saes.steering.heads import LanguageHeads
 from saes.steering.language_steering import LanguageSteering
 from saes.steering.languages import LANGUAGES
 from saes.steering.search import LanguageLatents
 from saes.training_run import SaeTraining
 from workbench import canvas
 from workbench.plots import definition, figure
+from workbench.scores import head
 
 SHADES = (canvas.POSITIVE, canvas.NEGATIVE, "rgba(128,128,128,{})")
 SYMBOLS = ("circle", "diamond", "square", "cross", "x")
@@ -152,6 +154,42 @@ def steering_figure(result: LanguageSteering) -> go.Figure:
 
 @definition.register
 def _(result: LanguageSteering) -> str:
+    return result.definition
+
+
+@figure.register
+def heads_figure(result: LanguageHeads) -> go.Figure:
+    """What each head writes of the latent, and what each later one carries; * where fewer than one other latent in
+    twenty has as much of the layer from the same head."""
+    first, later = len(result.writers), len(result.readers)
+    fig = make_subplots(
+        rows=1, cols=2, column_widths=[first, max(1, later)], horizontal_spacing=0.16,
+        subplot_titles=["writes", "carries when steered"],
+    )  # fmt: skip
+    for column, table, start in ((1, result.writers, 0), (2, result.readers, first)):
+        if not len(table):
+            continue
+        hover = [
+            [f"{head(start + layer, h)} {x:.3g}" for layer, x in enumerate(row)]
+            for h, row in enumerate(table.T.tolist())
+        ]
+        limit = float(table.abs().max()) or 1.0
+        bar = canvas.colorbar("contrast" if column == 1 else "probability") | {"x": 0.46 if column == 1 else 1.01}
+        fig.add_trace(
+            canvas.heatmap(
+                table.T, hover, x=list(range(start, start + len(table))), colorscale=canvas.DIVERGING, zmin=-limit,
+                zmax=limit, colorbar=bar,
+            ), row=1, col=column,
+        )  # fmt: skip
+    for layer, h in (result.beaten < 0.05).nonzero().tolist():
+        fig.add_annotation(x=layer, y=h, text="*", showarrow=False, font=canvas.WRITTEN, row=1, col=1)
+    fig.update_xaxes(title_text="layer", dtick=canvas.step(first, 20))
+    fig.update_yaxes(title_text="head", autorange="reversed", dtick=canvas.step(result.writers.shape[1], 16))
+    return canvas.finish(fig, max(120, 26 * result.writers.shape[1]), top=34)
+
+
+@definition.register
+def _(result: LanguageHeads) -> str:
     return result.definition
 
 

@@ -47,6 +47,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "sparse-tasks": {"target": 0.7, "settings": 1, "steps": 3, "tasks": "with_as,for_while", "pairs": 4},
     "bridge-dose": {"node": "0.mlp.act_in:3", "controls": 2},
     "sparse-bridge": {"tokens": 2048},
+    "language-heads": {"n_prompts": 2},
     "language-steering": {"top": 1, "written": 2, "steps": 4, "n_validation": 3, "n_test": 3},
     "latents": {"text": "parallel", "tokens": 2000, "length": 16, "examples": 3},
     "train-sae": {
@@ -208,7 +209,7 @@ def on(tiny: LanguageModel, sparse_coder: LanguageModel, bridged_coder: Language
         model = {} if analysis.model is None else {"model": of_sparse.get(name, tiny)}
         task = {} if analysis.task is None else {"task": "with_as" if name in of_sparse else "ioi", "n": 6}
         more = {"sparse-bridge": {"dense": bridged_coder.name}, "latents": {"sae": str(tiny_sae)}}
-        more |= dict.fromkeys(("language-latents", "language-steering"), more["latents"])
+        more |= dict.fromkeys(("language-latents", "language-steering", "language-heads"), more["latents"])
         more = more.get(name, {})
         return model | task | more | QUICK.get(name, {})
 

@@ -199,10 +199,18 @@ def candidates(sae: SAE, stats: LanguageStats, target: str, source: str, top: in
     """The best latents of an SAE by several rankings, as ways to steer: unit is the difference of their means over
     tokens between the two languages."""
     found = scores(stats, target, source)
+    numbers = dict.fromkeys(latent for name in RANKINGS for latent, _ in best(found[name], name, top))
+    return [way(sae, stats, target, source, one) for one in numbers]
+
+
+def way(sae: SAE, stats: LanguageStats, target: str, source: str, latent: int | None = None) -> Steering:
+    """A latent as a way to steer, with strength 1; None: the one of largest monolinguality."""
+    if latent is None:
+        latent = int(scores(stats, target, source)["monolinguality"].argmax())
     means = stats.sentences.mean(1)
     difference = means[stats.languages.index(target)] - means[stats.languages.index(source)]
-    numbers = list(dict.fromkeys(latent for name in RANKINGS for latent, _ in best(found[name], name, top)))
-    return [Steering(stats.hook, 1.0, sae=sae, latent=one, unit=float(difference[one])) for one in numbers]
+    sae.direction(latent)
+    return Steering(stats.hook, 1.0, sae=sae, latent=latent, unit=float(difference[latent]))
 
 
 def own_tokens(model: LanguageModel, parallel: Mapping[str, Sequence[str]], target: str) -> Int[Tensor, " token"]:
