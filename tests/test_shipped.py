@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+from circuits.sparse.channels import Channels
 from circuits.sparse.data import TokenStream
+from circuits.sparse.prune import ask
+from circuits.sparse.pruning_run import stream_of
 from circuits.sparse.shipped import DATA, names
 from circuits.sparse.train import HELD_OUT, loss_of, nonzero
 from circuits.sparse.training_run import SparseTraining, accuracies
-from workbench import places, pretrained, runs
+from circuits.sparse.validate import geometric_mean
+from workbench import places, pretrained, registry, runs
 from workbench.models import LanguageModel
+from workbench.prompts import sample, split
 
+README = (Path(__file__).parents[1] / "README.md").read_text()
 SOME = ("single_double_quote", "with_as", "for_while")
 
 
@@ -56,3 +65,55 @@ def test_the_twin_has_the_loss_of_the_sparse_model() -> None:
     with torch.no_grad():
         found = [float(torch.stack([loss_of(m._module, part) for part in rows.split(64)]).mean()) for m in models]
     assert found == pytest.approx(said, abs=0.05) and abs(found[0] - found[1]) <= 0.03
+
+
+# ---- circuits ----
+
+
+def tables() -> dict[str, runs.Run]:
+    """The shipped tables of circuits, by model."""
+    found = (run for run in runs.all_runs()[0] if run.record["key"]["analysis"] == "sparse-tasks")
+    return {run.record["model_name"]: run for run in found}
+
+
+def test_the_sparse_model_needs_a_fraction_of_the_twins_edges() -> None:
+    """Over the tasks that both solve, by one search for both; tasks that the current token alone answers have no edges
+    in either."""
+    sparse, dense = (tables()[name] for name in ("pycode-small", "pycode-small-dense"))
+    keys = [{k: v for k, v in run.record["key"].items() if k != "model"} for run in (sparse, dense)]
+    assert keys[0] == keys[1]
+    edges = [run.result.reached for run in (sparse, dense)]
+    common = sorted(edges[0].keys() & edges[1].keys())
+    assert len(common) >= 8
+    ratio = geometric_mean([edges[1][task] for task in common]) / geometric_mean([edges[0][task] for task in common])
+    assert ratio >= 25
+    quoted = re.findall(r"geometric mean of ([\d,]+) edges against ([\d,]+): ([\d.]+) times", README)
+    means = [geometric_mean([table[task] for task in common]) for table in edges]
+    assert quoted == [(f"{means[0]:,.0f}", f"{means[1]:,.0f}", f"{ratio:.0f}")]
+
+
+@pytest.mark.parametrize("model", ["pycode-small", "pycode-small-dense"])
+def test_the_readmes_table_is_that_of_the_runs(model: str) -> None:
+    rows = tables()[model].result.rows
+    column = ["pycode-small", "pycode-small-dense"].index(model)
+    written = {name: cells.split("|") for name, cells in re.findall(r"^\| `(\w+)` \|(.+)\|$", README, re.M)}
+    assert rows.keys() <= written.keys()
+    for task, row in rows.items():
+        nodes, edges, held_out, without = (cell.strip() for cell in written[task][4 * column : 4 * column + 4])
+        assert (nodes, edges) == (f"{row.nodes:,}", f"{row.edges:,}"), task
+        assert (held_out, without) == (f"{row.held_out:.2f}", f"{row.without:.2f}"), task
+
+
+@pytest.mark.parametrize("model", ["pycode-small", "pycode-small-dense"])
+def test_a_circuit_does_what_the_table_says(model: str) -> None:
+    run = tables()[model]
+    module, table = LanguageModel.load(model), run.result
+    assert run.record["key"]["model"] == module.fingerprint
+    task = min((task for task in table.reached if table.reached[task]), key=lambda task: table.reached[task])
+    row, circuit = table.rows[task], table.circuit(task, module)
+    assert row.kept is not None and row.scale is not None and row.held_out is not None
+    assert len(circuit) == row.edges == int(Channels(module).between(row.kept).sum())
+    train, test = (sample(split(registry.get_task(task), part), module, 64, 1) for part in ("train", "test"))
+    question = ask(module, train, test, stream_of(module))
+    alone = question.judge.loss(row.kept.float(), row.scale)  # of other prompts, and of this machine's library
+    assert alone == pytest.approx(row.held_out, abs=0.1)
