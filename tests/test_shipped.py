@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from circuits.sparse.bridge_edits import dose_response
+from circuits.sparse.bridges import beside
 from circuits.sparse.channels import Channels
 from circuits.sparse.data import TokenStream
-from circuits.sparse.prune import ask
+from circuits.sparse.prune import Pairs, ask
 from circuits.sparse.pruning_run import stream_of
 from circuits.sparse.shipped import DATA, names
 from circuits.sparse.train import HELD_OUT, loss_of, nonzero
@@ -117,3 +119,25 @@ def test_a_circuit_does_what_the_table_says(model: str) -> None:
     question = ask(module, train, test, stream_of(module))
     alone = question.judge.loss(row.kept.float(), row.scale)  # of other prompts, and of this machine's library
     assert alone == pytest.approx(row.held_out, abs=0.1)
+
+
+# ---- the bridge ----
+
+
+def test_one_channel_of_the_bridged_model_turns_the_dense_models_answer() -> None:
+    """As the shipped run says, and measured again on a few prompts: other channels do nothing."""
+    run = runs.find("bridge-dose")
+    assert run is not None and run.folder.parent == DATA / "runs"
+    found = run.result
+    at = dict(zip(found.strengths, found.mean.tolist(), strict=True))
+    assert at[0.0] < 0.005 and at[1.0] > 0.5
+    low, high = found.band(matched=False)
+    assert float(high.max()) < 0.005
+    quoted = re.findall(r"from ([\d.]+) to ([\d.]+) at strength 1 and ([\d.]+) at 2", README)
+    assert quoted == [(f"{at[0.0]:.3f}", f"{at[1.0]:.2f}", f"{at[2.0]:.2f}")]
+    model = LanguageModel.load("pycode-bridged")
+    pairs = Pairs.of(sample(split(registry.get_task("while_return_true"), "test"), model, 6, 1))
+    again = dose_response(beside(model), pairs, found.node, controls=1, seed=0)
+    now = dict(zip(again.strengths, again.mean.tolist(), strict=True))
+    assert now[0.0] < 0.01 and now[2.0] > 0.5
+    assert float(low.min()) >= 0

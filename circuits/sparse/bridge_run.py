@@ -102,7 +102,7 @@ def _result(trained: TrainedBridges, held_out: Tensor, dense: str) -> BridgeResu
     )  # fmt: skip
 
 
-@analysis("bridge-dose", n=32, model="pycode-small", task="while_return_true")
+@analysis("bridge-dose", n=32, model="pycode-bridged", task="while_return_true")
 def bridge_dose(model: LanguageModel, batch: Batch, seed: int, *, node: str = "", controls: int = 20) -> DoseResponse:
     """Move one channel of a sparse model towards the other prompt of each pair, and carry that into the dense model.
 

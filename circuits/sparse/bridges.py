@@ -29,6 +29,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -392,6 +393,19 @@ def save(trained: TrainedBridges, folder: Path) -> None:
         (aside / BESIDE / ABOUT).write_text(json.dumps(about, indent=1))
 
 
+def _dense(folder: Path, fingerprint: str, sparse: LanguageModel) -> LanguageModel:
+    """The copy beside the bridges; where they came without one, the model with a name that has this fingerprint."""
+    if (folder / "dense").is_dir():
+        dense = LanguageModel.load(str((folder / "dense").resolve()), device=str(sparse.device))
+        dense.name = f"{sparse.name}/dense"
+        return dense
+    for name, local in pretrained.local().items():
+        with suppress(UserError):  # one that is not made here yet
+            if pretrained.fingerprint(str(local.folder())) == fingerprint:
+                return LanguageModel.load(name, device=str(sparse.device))
+    raise UserError(f"{folder} has no dense model, and none that is known here has the fingerprint {fingerprint[:12]}.")
+
+
 def beside(sparse: LanguageModel) -> Bridged:
     """The bridges that `save` wrote beside a sparse model, and the dense model they lead to.
 
@@ -404,8 +418,6 @@ def beside(sparse: LanguageModel) -> Bridged:
             "a model that has."
         )
     folder = home / BESIDE
-    dense = LanguageModel.load(str((folder / "dense").resolve()), device=str(sparse.device))
-    dense.name = f"{sparse.name}/dense"
     try:
         about = json.loads((folder / ABOUT).read_text())
         bridges = Bridges(BridgeConfig(**about["config"]))
@@ -414,6 +426,7 @@ def beside(sparse: LanguageModel) -> Bridged:
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"the bridges in {folder} cannot be read ({reason}).") from error
+    dense = _dense(folder, recorded["dense"], sparse)
     for model, (name, fingerprint) in zip((sparse, dense), recorded.items(), strict=True):
         if model.fingerprint != fingerprint:
             raise UserError(
