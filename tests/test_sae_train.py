@@ -91,7 +91,7 @@ def pair(case: str, *, dead_after: int = 8, warm_up: int = 5, decay: int = 20) -
 def their_step(trainer: Any, x: Tensor) -> dict[str, float]:
     out = trainer.step(x)
     trainer.n_training_steps += 1
-    return {name: float(value) for name, value in out.losses.items()}
+    return {name: float(value.detach()) for name, value in out.losses.items()}
 
 
 @pytest.mark.parametrize("case", CASES)

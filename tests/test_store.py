@@ -153,9 +153,9 @@ def test_two_threads_asking_for_the_same_compute_once(tiny: LanguageModel, store
 
 def test_a_failed_request_does_not_block_the_next(tiny: LanguageModel, store: ActivationStore) -> None:
     with pytest.raises(UserError):
-        store.get(tiny, [torch.arange(300)], [OUT])
+        store.get(tiny, [torch.arange(600)], [OUT])
     with pytest.raises(UserError):
-        store.get(tiny, [torch.arange(300)], [OUT])
+        store.get(tiny, [torch.arange(600)], [OUT])
     assert store.get(tiny, [torch.arange(6)], [OUT])[OUT][0].shape == (6, 32)
 
 
