@@ -129,14 +129,17 @@ def latents(
         seen.add(part, x)
     density = seen.active / seen.rows
     if which:
-        wanted = [int(one) for one in which.split(",") if one.strip().isdigit()]
+        words = [word.strip() for word in which.split(",")]
+        if not all(word.isdigit() for word in words):
+            raise UserError(f"which={which!r} names no latents; give numbers, such as 12,345.")
+        wanted = [int(word) for word in words]
         for one in wanted:
             chosen.direction(one)
     else:
         alive = density.nonzero()[:, 0]
         wanted = alive[torch.randperm(len(alive), generator=torch.Generator().manual_seed(seed))[:10]].tolist()
     if not wanted:
-        raise UserError(f"which={which!r} names no latents; give numbers, such as 12,345.")
+        raise UserError(f"no latent of {sae} is active on {text}; is it of this model and hook point?")
     show = Show(model, store, chosen, sequences)
     found = tuple(seen.latent(one, show) for one in wanted)
     return Latents(

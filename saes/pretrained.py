@@ -1,4 +1,4 @@
-"""SAEs by name, checked on real activations when they are loaded for a model.
+"""SAEs by name, and a check of one on real activations.
 
     gemma-3-270m-12            one that comes with the package
     train-sae-7009520071fe     those of a run, or one of them: train-sae-7009520071fe/blocks.12.hook_resid_post

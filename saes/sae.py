@@ -26,7 +26,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saes.active import Active
 from workbench import runs
 from workbench.errors import UserError, unknown
 
@@ -108,13 +107,6 @@ class SAE:
 
     def decode(self, latents: Float[Tensor, "*any latent"]) -> Float[Tensor, "*any d_out"]:
         return latents @ self.W_dec + self.b_dec
-
-    @torch.no_grad()
-    def active(self, x: Float[Tensor, "row d_in"]) -> tuple[Active, Float[Tensor, " value"]]:
-        """The latents that are not 0, and their values: what `encode` gives, without the zeros."""
-        latents = self.encode(x)
-        active = Active.where(latents != 0)
-        return active, active.at(latents)
 
     def direction(self, latent: int) -> Float[Tensor, " d_out"]:
         """What one unit of a latent writes. Raises UserError if there is no such latent."""

@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ class Training:
         if spec.architecture in ("batchtopk", "matryoshka"):
             x = some[self.place.hook].to(w.bias.device, torch.float32) * into
             values = (
-                objectives.scores(w, x, spec)
+                objectives.scores(w, x, replace(spec, selection="float32"))
                 .float()
                 .relu()
                 .flatten()

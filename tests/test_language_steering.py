@@ -211,11 +211,14 @@ def test_controls_are_as_long_as_what_the_latent_adds(
     stats = language_steering.statistics(
         tiny, store, sae, {n: s[:10] for n, s in corpus("search", ["en", "fr"]).items()}
     )
-    best = Steering(sae.hook, 3.0, sae=sae, latent=4, unit=1.7)
-    found = baselines.controls(best, stats, Steering(sae.hook, 1.0, sae=sae, latent=9))
+    best = Steering(sae.hook, 3.0, sae=sae, latent=4, unit=-1.7)  # one that is taken away
+    found = baselines.controls(best, stats, Steering(sae.hook, 1.0, sae=sae, latent=9, unit=2.0))
     added = best.change(torch.zeros(1, 32), torch.ones(1, 1))
     for plan in found.values():
         assert isinstance(plan, Steering)
         other = plan.change(torch.zeros(1, 32), torch.ones(1, 1))
         assert float(other.norm()) == pytest.approx(float(added.norm()), rel=1e-5)
+    wrong = found["wrong language"]
+    assert isinstance(wrong, Steering)
+    assert float(wrong.change(torch.zeros(1, 32), torch.ones(1, 1))[0] @ sae.W_dec[9]) > 0
     assert baselines.instructed(["A"], "fr") == ["Le texte suivant est en français.\nA"]

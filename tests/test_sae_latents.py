@@ -234,6 +234,21 @@ def _gain(model: LanguageModel) -> Tensor:
     return weight.detach()
 
 
+def test_latents_that_are_no_numbers_are_a_sentence(tiny: LanguageModel, tiny_sae: Path) -> None:
+    for which, message in (("3,x", "names no latents"), ("64", "no latent 64"), ("3,", "names no latents")):
+        with pytest.raises(UserError, match=message):
+            runs.run(
+                "latents",
+                model=tiny,
+                sae=str(tiny_sae),
+                which=which,
+                text="parallel",
+                tokens=500,
+                length=16,
+                examples=1,
+            )
+
+
 def test_ones_own_text(tiny: LanguageModel, store: ActivationStore, sae: SAE) -> None:
     found = respond(tiny, sae, "When Mary and John went", [1, 2])
     x = store.get(tiny, [tiny.tokenize("When Mary and John went")], [HOOK])[HOOK][0]

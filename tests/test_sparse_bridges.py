@@ -406,6 +406,11 @@ def test_damaged_bridges_are_sentences(bpe: Tokenizer, dense: LanguageModel, tmp
         weights.write_bytes(left)
         with pytest.raises(UserError, match=r"bridges in .* cannot be read"):
             beside(LanguageModel.load(str(tmp_path / "pair")))
+    about.write_text(text)
+    weights.write_bytes(whole)
+    (tmp_path / "pair" / "bridges" / "dense").rename(tmp_path / "away")
+    with pytest.raises(UserError, match="has no dense model, and none that is known here has the fingerprint"):
+        beside(LanguageModel.load(str(tmp_path / "pair")))
 
 
 # ---- runs ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -94,7 +95,14 @@ def test_with_a_cache_or_without_the_same_text_and_every_token_is_reached(
     if scope != "last":  # read again from the start, what was the last position once is no longer
         assert torch.equal(cached.generated.tokens, again.generated.tokens)
     expected = {"all": 5 + 8, "prompt": 5, "generated": 8, "last": 9}[scope]
-    assert cached.steps == 9 and cached.applied == (expected,) * 4 == (positions(scope, 6, 9),) * 4
+    assert cached.steps == 9 and cached.applied == (expected,) * 4 == (positions(scope, 6, 9),) * 4 == again.applied
+
+
+def test_a_model_that_keeps_no_cache_is_steered_at_every_token(
+    sae: SAE, make_tiny: Callable[..., LanguageModel]
+) -> None:
+    sparse = make_tiny("weight_sparse")
+    assert steer(sparse, prompts(sparse), 9, [steering(sae)] * 4).applied == (5 + 8,) * 4
 
 
 def test_the_prompt_and_what_is_generated_are_everything(sae: SAE, tiny: LanguageModel) -> None:
@@ -111,6 +119,10 @@ def test_strength_decays_from_one_new_token_to_the_next(sae: SAE) -> None:
     x = torch.zeros(1, 4, 32)
     sizes = [float(edit(x[:, : 4 if step == 0 else 1]).norm(dim=-1).max()) for step in range(4)]
     assert sizes == pytest.approx([3.0, 1.5, 0.75, 0.375], rel=1e-5)
+    here, end = 300 * sae.W_dec[7][None], torch.tensor([[1e-9]])  # what decays to nothing does nothing, scaling too
+    for kind in ("add", "scale", "project-out"):
+        assert float(steering(sae, kind).change(here, end).abs().max()) < 1e-6
+    assert float(steering(sae, "scale").change(here, torch.ones(1, 1)).abs().max()) > 0.1
 
 
 def test_rows_are_steered_each_in_its_own_way(sae: SAE, tiny: LanguageModel) -> None:

@@ -70,6 +70,8 @@ def test_files_and_folders(tmp_path: Path) -> None:
     assert [(one.text, one.language) for one in found] == [("premier", "fr"), ("other", ""), ("second", "")]
     before = texts.digest(str(tmp_path))
     (tmp_path / "b.txt").write_text("changed")
+    assert texts.digest(f"sae:{tmp_path}") == texts.digest(str(tmp_path))  # as a basis is named
+    assert texts.digest("rotation:7") is texts.digest("./not-here") is None
     assert texts.digest(str(tmp_path)) != before and texts.digest(str(tmp_path / "b.txt")) is not None
 
 

@@ -51,6 +51,7 @@ PACKAGES = {
     "zh": ("zh-cn", "db867cdece4c2f9c7eebe65e519c6cf386fdcf49d6e061db3dffec893b3e1dee"),
     "ru": ("ru", "5a2f75d5b0dfcf660275070647af528a81be28b5d3e9c3ec2d419ef5518db7a2"),
 }
+PATHS = (".", "/", "~")
 HELD_OUT = 16  # one document in so many is held out
 
 
@@ -100,7 +101,7 @@ def _load(name: str, _digest: str | None) -> Text:
     elif name == "parallel":
         rows = [row for row in _lines(PARALLEL) if row["split"] == "search"]
         documents = [Document(row[one], one) for row in rows for one in PACKAGES]
-    elif name.startswith((".", "/", "~")):
+    elif name.startswith(PATHS):
         documents = list(_files(Path(name).expanduser()))
     else:
         raise unknown("text", name, [HELP, "parallel", "./file.txt"])
@@ -117,12 +118,13 @@ def digest(name: str) -> str | None:
     if name.partition(":")[0] == HELP:
         found.update(json.dumps([name, PACKAGES]).encode())
         return found.hexdigest()
-    path = PARALLEL if name == "parallel" else Path(name).expanduser()
-    if (not name.startswith((".", "/", "~")) and path is not PARALLEL) or not path.exists():
+    place = name if name.startswith(PATHS) else name.partition(":")[2]  # of `sae:./folder`
+    path = PARALLEL if name == "parallel" else Path(place).expanduser()
+    if (not place.startswith(PATHS) and path is not PARALLEL) or not path.exists():
         return None
-    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
-    if any(one.name == "config.json" for one in files):
+    if (path / "config.json").is_file():
         return None  # a model
+    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
     for one in files:
         found.update(one.name.encode() + one.read_bytes())
     return found.hexdigest()

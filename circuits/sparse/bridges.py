@@ -400,9 +400,11 @@ def _dense(folder: Path, fingerprint: str, sparse: LanguageModel) -> LanguageMod
         dense.name = f"{sparse.name}/dense"
         return dense
     for name, local in pretrained.local().items():
-        with suppress(UserError):  # one that is not made here yet
-            if pretrained.fingerprint(str(local.folder())) == fingerprint:
-                return LanguageModel.load(name, device=str(sparse.device))
+        found = None
+        with suppress(UserError):  # of one that is not made here yet
+            found = pretrained.fingerprint(str(local.folder()))
+        if found == fingerprint:
+            return LanguageModel.load(name, device=str(sparse.device))
     raise UserError(f"{folder} has no dense model, and none that is known here has the fingerprint {fingerprint[:12]}.")
 
 

@@ -12,6 +12,7 @@ Their unit is the length of the mean difference between the languages, so that s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -89,7 +90,7 @@ def lape(model: LanguageModel, parallel: dict[str, list[str]], target: str, sour
     often = torch.quantile(firing.flatten()[:: max(1, firing.numel() // 2**20)], OFTEN)
     entropy = torch.where(firing.amax(0) >= often, entropy, torch.inf)
     least = entropy.flatten().kthvalue(max(1, int(SPECIFIC * entropy.numel()))).values
-    moved = (level[t] - level[s]) * ((entropy <= least) & (firing.argmax(0) == t))
+    moved = (level[t] - level[s]) * ((entropy <= least) & entropy.isfinite() & (firing.argmax(0) == t))
     return tuple(Steering(hook, 1.0, direction=row) for hook, row in zip(hooks, moved, strict=True) if bool(row.any()))
 
 
@@ -98,7 +99,7 @@ def controls(best: Steering, stats: LanguageStats, wrong: Steering | None, seed:
     languages together, and the latent of another language."""
     assert best.sae is not None and best.latent is not None
     sae: SAE = best.sae
-    length = best.strength * best.unit * float(best.vector.norm())
+    length = abs(best.strength * best.unit) * float(best.vector.norm())
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(len(best.vector), generator=generator)
     rate = stats.rate.mean(0)
@@ -107,14 +108,18 @@ def controls(best: Steering, stats: LanguageStats, wrong: Steering | None, seed:
     alike = apart.topk(min(20, len(apart)), largest=False).indices
     latent = int(alike[int(torch.randint(len(alike), (1,), generator=generator))])
     found: dict[str, Plan] = {
-        "random direction": Steering(best.hook, 1.0, direction=random / random.norm(), unit=length),
+        "random direction": Steering(best.hook, 1.0, direction=random / random.norm(), unit=length, scope=best.scope),
         "random latent": Steering(
             best.hook, 1.0, direction=sae.direction(latent) / sae.norms[latent], unit=length, scope=best.scope
         ),
     }
     if wrong is not None:
         found["wrong language"] = Steering(
-            wrong.hook, 1.0, direction=wrong.vector / wrong.vector.norm(), unit=length, scope=best.scope
+            wrong.hook,
+            1.0,
+            direction=wrong.vector / wrong.vector.norm(),
+            scope=best.scope,
+            unit=math.copysign(length, wrong.unit),  # towards its own language
         )
     return found
 

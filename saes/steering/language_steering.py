@@ -83,7 +83,7 @@ class LanguageSteering:
     cells      what was tried on validation prompts: the mass on tokens of the target, and texts for the most promising
     table      test: verdicts by method, the recipe as "latent"
     examples   by method: prompt, text
-    front      of the cells with texts those that no other beats in both clean and fidelity, by name
+    detector   how often identification is right on held-out sentences in the target language
     vocabulary how many tokens count as the target language's
     """
 
@@ -97,7 +97,7 @@ class LanguageSteering:
 
     @property
     def front(self) -> list[Cell]:
-        """Cells that no other one beats in both plain success and little repetition."""
+        """Of the cells with texts those that no other one beats in both plain success and little repetition."""
         seen = [cell for cell in self.cells if cell.verdict is not None]
 
         def beaten(a: Verdict, b: Verdict) -> bool:
@@ -143,8 +143,8 @@ def language_steering(
     written       cells of the sweep whose texts are written and judged
     steps         new tokens
     temperature   of sampling
-    n_validation  prompts to choose on, n_test: others to report on
-    n_test        prompts to report on
+    n_validation  prompts to choose on
+    n_test        others to report on
     """
     if check(target) == check(source):
         raise UserError(f"the target and the source are both {target}; steer towards another language.")

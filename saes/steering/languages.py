@@ -4,7 +4,7 @@
     script        share of letters that belong to the language's script
     sentences     share of the text, by letters, in sentences that are identified as the language
     repetition    share of token pairs that occurred before
-    Similarity    cosine of multilingual sentence embeddings (multilingual-e5-small; LaBSE where a hub is reachable)
+    similarity    cosine of sentence embeddings by multilingual-e5-small, in the place of the paper's LaBSE
 
 Language identification alone is easily satisfied: it calls "の" ten times over Japanese with .98, and an English
 sentence with two Japanese words Japanese with .87. So success is counted twice: `plain` by identification alone, and

@@ -5,7 +5,7 @@ amount, which is `strength` times `unit`, the difference that was measured betwe
 
     add          x + c d
     clamp        x + (c - z) d
-    scale        x + (strength - 1) z d
+    scale        x + (strength - 1) z d                  (it is strength - 1 that decays)
     ablate       x - z d
     project-out  x - strength (x d / |d|^2) d            (Deng et al. 2025: rank-1 ablation)
     replace      decode(z := c)                          what the SAE does not reconstruct is lost
@@ -102,7 +102,7 @@ class Steering:
         if self.kind == "clamp":
             return (strength * self.unit - z) * d
         if self.kind == "scale":
-            return (strength - 1) * z * d
+            return (self.strength - 1) * factor * z * d
         if self.kind == "ablate":
             return -z * d
         if self.kind == "swap":
@@ -117,7 +117,7 @@ class Steered:
     """An edit of one hook point for one generation: row i of the batch is steered by what plan[i] has there.
 
     It follows the positions of a text that is read in one pass and then token by token, or again and again from the
-    start; applied: at how many positions each row was changed.
+    start; applied: at how many positions each row was changed, each counted once.
     """
 
     plan: Sequence[tuple[Steering, ...]]
@@ -132,6 +132,7 @@ class Steered:
     def __call__(self, x: Float[Tensor, "row pos d"]) -> Float[Tensor, "row pos d"]:
         again = self.seen and x.shape[1] > 1  # the whole text once more
         place = torch.arange(x.shape[1]) + (0 if again else self.seen)
+        fresh = place >= self.seen
         self.seen = int(place[-1]) + 1
         groups: dict[int, tuple[Steering, list[int]]] = {}
         for i, some in enumerate(self.plan):
@@ -144,7 +145,7 @@ class Steered:
                 factor = one.decay ** (place[where] - self.prompt + 1).clamp(min=0).to(x)
                 part = out[rows][:, where]
                 out[torch.tensor(rows)[:, None], where.nonzero()[:, 0]] = part + one.change(part, factor[:, None])
-                self.applied[rows] += int(where.sum())
+                self.applied[rows] += int((where & fresh).sum())
         return out
 
     def _where(self, one: Steering, place: Int[Tensor, " pos"]) -> Bool[Tensor, " pos"]:
@@ -205,11 +206,10 @@ def steer(
     edit: Mapping[Any, Callable[[Tensor], Tensor]] = dict(edits)
     made = generate(model, tokens, steps, edit=edit, temperature=temperature, seeds=seeds, cache=cache)
     applied = sum((each.applied for each in edits.values()), torch.zeros(len(tokens), dtype=torch.long))
-    if cache:  # else every position is seen again and again
-        for i, some in enumerate(plan):
-            due = sum(positions(one.scope, tokens.shape[1], made.passes) for one in _all(some))
-            if int(applied[i]) != due:
-                raise RuntimeError(f"row {i} was steered at {int(applied[i])} positions, not at {due}")
+    for i, some in enumerate(plan):
+        due = sum(positions(one.scope, tokens.shape[1], made.passes) for one in _all(some))
+        if int(applied[i]) != due:
+            raise RuntimeError(f"row {i} was steered at {int(applied[i])} positions, not at {due}")
     return SteeredText(made, made.passes, tuple(applied.tolist()))
 
 
