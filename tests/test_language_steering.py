@@ -218,6 +218,8 @@ def test_controls_are_as_long_as_what_the_latent_adds(
         assert isinstance(plan, Steering)
         other = plan.change(torch.zeros(1, 32), torch.ones(1, 1))
         assert float(other.norm()) == pytest.approx(float(added.norm()), rel=1e-5)
+    alike = found["random latent"]
+    assert isinstance(alike, Steering) and alike.unit > 0  # added, as a latent is
     wrong = found["wrong language"]
     assert isinstance(wrong, Steering)
     assert float(wrong.change(torch.zeros(1, 32), torch.ones(1, 1))[0] @ sae.W_dec[9]) > 0

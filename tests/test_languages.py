@@ -97,6 +97,9 @@ def test_translations_are_more_alike_than_others() -> None:
     rows = [row for row in CORPUS if row["split"] == "test"][:30]
     for language in ("fr", "zh"):
         own, floor = languages.similarity([row[language] for row in rows], [row["en"] for row in rows])
+        cosine = languages.embed([row[language] for row in rows]) @ languages.embed([row["en"] for row in rows]).T
+        others = [float(torch.cat([line[:i], line[i + 1 :]]).mean()) for i, line in enumerate(cosine)]
+        assert floor.tolist() == pytest.approx(others, abs=1e-5) and own.tolist() == cosine.diagonal().tolist()
         assert float((own > floor).float().mean()) > 0.95 and float((own - floor).mean()) > 0.05
     same, floor = languages.similarity(["Good morning!", "The cat sleeps."], ["Good morning!", "The cat sleeps."])
     assert torch.allclose(same, torch.ones(2), atol=1e-3) and float(floor.max()) < 0.95
