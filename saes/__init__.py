@@ -1,5 +1,6 @@
 """Bases of latents, and what can be read off them."""
 
+import saes.steering.figures  # noqa: F401
 from saes import code_effects as code_effects
 from saes import codes as codes
 from saes import figures as figures

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +17,15 @@ from saes.sae import SAE
 from saes.steering import baselines, language_steering
 from saes.steering.evaluate import Unsteered, Written, bits, glance, judge, prompts, write
 from saes.steering.language_steering import Sweep, Writing, own_tokens
+from saes.steering.languages import LANGUAGES
 from saes.steering.search import corpus
+from saes.steering.side_effects import bits_of_text, side_effects
 from saes.steering.steer import Steering
 from workbench import runs, texts
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
+from workbench.plots import figure
 
 HOOK = "blocks.2.hook_resid_post"
 PLANTED = 7
@@ -89,7 +93,15 @@ def test_the_sweep_writes_with_the_least_strength_that_does(french: LanguageMode
 
 def test_a_run_from_search_to_table(french: LanguageModel, planted: Path) -> None:
     run = runs.run(
-        "language-steering", model=french, sae=str(planted), top=1, written=2, steps=5, n_validation=4, n_test=5
+        "language-steering",
+        model=french,
+        sae=str(planted),
+        top=1,
+        written=2,
+        steps=5,
+        n_validation=4,
+        n_test=5,
+        n_effects=3,
     )
     found = run.result
     assert {
@@ -106,9 +118,64 @@ def test_a_run_from_search_to_table(french: LanguageModel, planted: Path) -> Non
     assert found.recipe.hook == HOOK and found.recipe.steering(SAE.load(planted)).latent == found.recipe.latent
     assert found.detector > 0.95 and found.vocabulary > 10
     assert all(cell in found.cells for cell in found.front) and found.front
+    assert set(found.effects) == set(LANGUAGES) and found.effects["fr"].plain > 0
+    for name, some in found.layers.items():
+        mine = [cell for cell in found.cells if cell.method == name and cell.verdict is not None]
+        for hook, best in some.items():
+            assert best.verdict is not None
+            strict = [cell.verdict.strict for cell in mine if cell.hook == hook and cell.verdict is not None]
+            assert best.verdict.strict == max(strict)
+    assert set(found.layers) == {"latent", "DiffMean", "PCA", "probe"}
+    bars = [trace for trace in figure(found).data if trace.type == "bar"]
+    assert len(bars) == 3 and all(len(trace.x) == len(found.table) for trace in bars[:2])
+    assert list(bars[2].x) == pytest.approx([one.ablated - one.plain for one in found.effects.values()])
     for given, message in (({"target": "en"}, "both en"), ({"target": "xx"}, "no language")):
         with pytest.raises(UserError, match=message):
             runs.run("language-steering", model=french, sae=str(planted), **given)
+
+
+def test_the_sweep_writes_with_the_best_of_every_layer_first(french: LanguageModel, planted: Path) -> None:
+    """Though two latents of the last layer both have more mass than any of the first."""
+    sae, tried = SAE.load(planted), sweep(french)
+    early = "blocks.0.hook_resid_post"
+    some = [
+        Steering(hook, 1.0, sae=sae, latent=i, direction=size * direction() if hook == HOOK else None)
+        for hook, i, size in ((HOOK, PLANTED, 20.0), (HOOK, 9, 15.0), (early, 3, 0.0), (early, 4, 0.0))
+    ]
+    cells = tried.run("latent", some, 2).cells
+    masses = [cell.mass for cell in cells]
+    assert masses[0] > masses[1] > 0.7 > max(masses[2:])
+    assert [cell.verdict is not None for cell in cells[:2]] == [True, False]
+    assert sum(cell.verdict is not None for cell in cells[2:]) == 1
+
+
+# ---- side effects ----
+
+
+def test_bits_of_text_by_hand_and_nothing_at_strength_0(french: LanguageModel, planted: Path) -> None:
+    sae = SAE.load(planted)
+    some = corpus("test", ["fr"])["fr"][:5]
+    total = 0.0
+    for text in some:
+        row = french.tokenize(text)
+        logits = french.run(row[None]).logits
+        assert logits is not None
+        total += float(torch.nn.functional.cross_entropy(logits[0, :-1].double(), row[1:], reduction="sum"))
+    plain = total / math.log(2) / len("".join(some).encode())
+    assert bits_of_text(french, some) == pytest.approx(plain, rel=1e-5)
+    one = Steering(HOOK, 0.0, sae=sae, latent=PLANTED)
+    assert bits_of_text(french, some, one) == bits_of_text(french, some)
+
+
+def test_a_latent_that_writes_french_changes_french(french: LanguageModel, planted: Path) -> None:
+    """Added, it makes text of French tokens less surprising, and text of others more."""
+    ids = own_tokens(french, corpus("search"), "fr").tolist()
+    some = {"fr": [french.tokenizer.decode([i]) * 4 for i in ids], "ru": corpus("test")["ru"][:20]}
+    one = Steering(HOOK, 2.0, sae=SAE.load(planted), latent=PLANTED)
+    found = side_effects(french, one, some)
+    assert found["fr"].steered < found["fr"].plain - 0.05 and found["ru"].steered > found["ru"].plain + 0.05
+    away = replace(one, kind="ablate")
+    assert found["ru"].ablated == bits_of_text(french, some["ru"], away) != found["ru"].plain
 
 
 # ---- writing and judging ----

@@ -9,6 +9,7 @@ on validation prompts, and say on test prompts what it and every alternative do.
 3. The baselines get the same: every layer, their own strengths, chosen on validation prompts. Controls are as long as
    what the recipe adds.
 4. Test prompts, which nothing was chosen on, are written to once by each.
+5. What the latent does to text in each language, steered and taken away, tells whether it is that language's alone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from saes.steering import baselines
 from saes.steering.evaluate import Unsteered, Verdict, Written, judge, prompts, write
 from saes.steering.languages import LANGUAGES, check, identify
 from saes.steering.search import LanguageStats, best, corpus, scores, statistics
+from saes.steering.side_effects import Bits, side_effects
 from saes.steering.steer import Plan, Steered, Steering
 from workbench import parts
 from workbench.activations import ActivationStore
@@ -83,6 +85,7 @@ class LanguageSteering:
     cells      what was tried on validation prompts: the mass on tokens of the target, and texts for the most promising
     table      test: verdicts by method, the recipe as "latent"
     examples   by method: prompt, text
+    effects    bits per byte of test sentences in each language: plain, steered, without the latent
     detector   how often identification is right on held-out sentences in the target language
     vocabulary how many tokens count as the target language's
     """
@@ -91,6 +94,7 @@ class LanguageSteering:
     cells: tuple[Cell, ...]
     table: dict[str, Verdict]
     examples: dict[str, tuple[tuple[str, str], ...]]
+    effects: dict[str, Bits]
     detector: float
     vocabulary: int
     definition: str
@@ -109,13 +113,39 @@ class LanguageSteering:
             if not any(beaten(one.verdict, other.verdict) for other in seen)  # type: ignore[arg-type]
         ]  # fmt: skip
 
+    @property
+    def layers(self) -> dict[str, dict[str, Cell]]:
+        """By method and hook point the best cell with texts; chosen and told on the same prompts: a little too good."""
+        found: dict[str, dict[str, Cell]] = {cell.method: {} for cell in self.cells}
+        for cell in sorted((cell for cell in self.cells if cell.verdict is not None), key=_rank):
+            found[cell.method][cell.hook] = cell
+        return found
+
     def summary(self) -> dict[str, Any]:
         return {
             "recipe": vars(self.recipe),
             "table": {name: verdict.summary() for name, verdict in self.table.items()},
+            "layers": {
+                name: {
+                    hook: [cell.strength, *(round(x or 0.0, 3) for x in (cell.verdict.plain, cell.verdict.strict))]
+                    for hook, cell in some.items()
+                    if cell.verdict is not None
+                }
+                for name, some in self.layers.items()
+            },
+            "effects": {
+                language: [round(x, 4) for x in vars(bits).values()] for language, bits in self.effects.items()
+            },
             "detector_on_held_out_text": round(self.detector, 3),
             "definition": self.definition,
         }
+
+
+def _rank(cell: Cell) -> tuple[float, float, float]:
+    """Most strict success, then best score; what wrote nothing last."""
+    if cell.verdict is None:
+        return (-1.0, 0.0, cell.mass)
+    return (cell.verdict.strict or 0.0, cell.verdict.score or 0.0, cell.mass)
 
 
 @analysis("language-steering", model="gemma-3-270m")
@@ -133,6 +163,7 @@ def language_steering(
     temperature: float = 0.5,
     n_validation: int = 50,
     n_test: int = 110,
+    n_effects: int = 60,
 ) -> LanguageSteering:
     """Find, choose and prove the latent that makes a model go on in another language.
 
@@ -145,6 +176,7 @@ def language_steering(
     temperature   of sampling
     n_validation  prompts to choose on
     n_test        others to report on
+    n_effects     sentences in each language for the side effects
     """
     if check(target) == check(source):
         raise UserError(f"the target and the source are both {target}; steer towards another language.")
@@ -180,13 +212,14 @@ def language_steering(
     test = Writing(model, prompts("test")[:n_test], steps, temperature, seed)
     table, examples = test.report(plans, target)
     assert chosen.latent is not None
+    read = {language: some[:n_effects] for language, some in corpus("test").items()}
     return LanguageSteering(
         Recipe(
             model.name, sae, chosen.hook, chosen.latent, chosen.strength, chosen.unit, chosen.kind, chosen.scope,
             target, source,
         ),
         cells.cells + tuple(cell for one in found.values() for cell in one.cells),
-        table, examples, detector(target), len(ids),
+        table, examples, side_effects(model, chosen, read), detector(target), len(ids),
         f"{steps} new tokens at temperature {temperature:g} after {len(test.given)} test prompts, chosen on "
         f"{len(chance.given)} others",
     )  # fmt: skip
@@ -244,15 +277,7 @@ class Cells:
     cells: tuple[Cell, ...]
 
     def best(self, tried: Sequence[Steering]) -> Steering:
-        """Most strict success, then best score; of those that wrote nothing none."""
-
-        def rank(i: int) -> tuple[float, float, float]:
-            cell = self.cells[i]
-            if cell.verdict is None:
-                return (-1.0, 0.0, cell.mass)
-            return (cell.verdict.strict or 0.0, cell.verdict.score or 0.0, cell.mass)
-
-        return tried[max(range(len(tried)), key=rank)]
+        return tried[max(range(len(tried)), key=lambda i: _rank(self.cells[i]))]
 
 
 @dataclass(frozen=True)
@@ -296,13 +321,16 @@ class Sweep:
 
     def run(self, method: str, tried: Sequence[Steering], written: int) -> Cells:
         """written: how many are written with. Of each layer and latent first the least strength that has most of what
-        mass it can have, then those around it; layers and latents in turn, so that none takes all the places."""
+        mass it can have, then those around it; layers and latents in turn, so that none takes all the places, the best
+        latent of every layer before any other."""
         masses = [self.mass(one) for one in tried]
         groups: dict[tuple[str, int | None], list[int]] = {}
         for i, one in enumerate(tried):
             groups.setdefault((one.hook, one.latent), []).append(i)
         orders = []
-        for group in sorted(groups.values(), key=lambda group: -max(masses[i] for i in group)):
+        ranked = sorted(groups, key=lambda group: -max(masses[i] for i in groups[group]))
+        first = {hook: (hook, latent) for hook, latent in reversed(ranked)}  # the best of each layer
+        for group in (groups[one] for one in sorted(ranked, key=lambda one: one != first[one[0]])):
             most = max(masses[i] for i in group)
             enough = next(place for place, i in enumerate(group) if masses[i] >= MOST * most)
             orders.append([group[place] for place in sorted(range(len(group)), key=lambda p: abs(p - enough))])
