@@ -6,8 +6,11 @@ every language uses changes them all.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
 
 from saes.evaluate import by_length
 from saes.steering.steer import Plan, Steered, Steering
