@@ -28,6 +28,7 @@ from saes.active import DENSE, Active
 from workbench.errors import UserError, unknown
 
 Architecture = Literal["topk", "batchtopk", "matryoshka", "jumprelu", "standard"]
+LARGEST = ("topk", "batchtopk", "matryoshka")
 ALIGNED = 8  # columns beside those of the activations; one is used
 BLOCKS = 16  # candidates for the largest of a row are sought in blocks of so many
 
@@ -86,7 +87,7 @@ class Spec:
     @property
     def largest(self) -> bool:
         """Whether the largest latents are chosen."""
-        return self.architecture in ("topk", "batchtopk", "matryoshka")
+        return self.architecture in LARGEST
 
 
 @dataclass

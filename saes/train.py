@@ -4,8 +4,10 @@ Of several processes, as `torchrun` starts them (`workbench.processes`), each le
 `topk`, `jumprelu` and `standard` become what one process makes of them; `batchtopk` and `matryoshka` choose the largest
 of each share.
 
-Activations are scaled so that their mean length is the square root of their width (`expected_average_only_in`), by a
-factor that the first rows give and that the finished weights have folded in. Each training has parameters, moments,
+Activations are trained on in units of their own, in which they lie around 0 and have the square root of their width as
+mean length; the first rows give them, and the finished weights have them folded in. (What all activations of a model
+have in common can be most of them. Whoever starts without it spends the first steps on learning it, with the few
+latents that point there, and the others die.) Each training has parameters, moments,
 counters and a place in the stream; all of these are in its checkpoint, so that one that is killed goes on bit for bit.
 """
 
@@ -48,14 +50,45 @@ class Place:
         return self.hook_out or self.hook
 
 
+@dataclass(frozen=True)
+class Units:
+    """What training does to activations before it looks at them: (x - centre) times factor."""
+
+    factor: float = 1.0
+    centre: Float[Tensor, " d"] | None = None
+
+    @classmethod
+    def of(cls, rows: Float[Tensor, "row d"], *, centred: bool = True) -> Units:
+        """centred: around the geometric median of the rows; otherwise SAELens' `expected_average_only_in`."""
+        rows = rows.float()
+        centre = geometric_median(rows) if centred else None
+        length = (rows if centre is None else rows - centre).norm(dim=-1).mean()
+        return cls(float(math.sqrt(rows.shape[-1]) / length), centre)
+
+    def __call__(self, x: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+        return (x if self.centre is None else x - self.centre.to(x.device)) * self.factor
+
+    def back(self, x: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+        return x / self.factor if self.centre is None else x / self.factor + self.centre.to(x.device)
+
+
+def geometric_median(rows: Float[Tensor, "row d"], rounds: int = 50) -> Float[Tensor, " d"]:
+    """The point whose summed distance to all rows is least (Weiszfeld's iteration); a few huge rows do not move it."""
+    centre = rows.mean(0)
+    for _ in range(rounds):
+        weight = 1 / (rows - centre).norm(dim=-1, keepdim=True).clamp(min=1e-6)
+        centre = (weight * rows).sum(0) / weight.sum()
+    return centre
+
+
 class Training:
     """One SAE. `step` takes rows of activations at its place; `sae()` gives what has come of it."""
 
     def __init__(
         self, spec: Spec, place: Place, d_in: int, d_out: int, *, steps: int, seed: int = 0,
-        scale: tuple[float, float] = (1.0, 1.0), device: str | torch.device = "cpu",
+        units: tuple[Units, Units] = (Units(), Units()), device: str | torch.device = "cpu",
     ):  # fmt: skip
-        """steps: how many there will be, for the learning rate; scale: factors for what is read and what is written.
+        """steps: how many there will be, for the learning rate; units: of what is read and what is written.
 
         Raises UserError if the learning rate rises and falls for longer than there are steps.
         """
@@ -68,7 +101,7 @@ class Training:
             raise ValueError("an SAE writes as wide as it reads")
         if place.hook_out is not None and spec.subtract:
             raise UserError("a transcoder subtracts nothing from its input; give subtract=False.")
-        self.spec, self.place, self.steps, self.scale = spec, place, steps, scale
+        self.spec, self.place, self.steps, self.units = spec, place, steps, units
         start = Weights.start(spec, d_in, d_out, torch.Generator().manual_seed(seed))
         self.weights = Weights(**{name: _parameter(x, device) for name, x in start.tensors().items()})
         self.adam = torch.optim.Adam(self.parameters, lr=spec.lr, betas=spec.betas, fused=True)
@@ -87,8 +120,10 @@ class Training:
     def step(self, rows: Mapping[str, Float[Tensor, "row _"]]) -> objectives.Step:
         """Learn from some rows."""
         device = self.weights.b_dec.device
-        x = _mine(rows[self.place.hook]).to(device, torch.float32) * self.scale[0]
-        y = x if self.place.hook_out is None else _mine(rows[self.place.out]).to(device, torch.float32) * self.scale[1]
+        x = self.units[0](_mine(rows[self.place.hook]).to(device, torch.float32))
+        y = x
+        if self.place.hook_out is not None:
+            y = self.units[1](_mine(rows[self.place.out]).to(device, torch.float32))
         price = min(1.0, self.done / self.spec.price_warm_up) if self.spec.price_warm_up else 1.0
         found = objectives.step(self.weights, x, y, self.spec, self.chooser, self.dead, price)
         found.loss.backward()
@@ -112,23 +147,25 @@ class Training:
               running mean of training's smallest active values, which comes after what the weights have become.)
         """
         spec, w, norms = self.spec, self.weights, self.weights.norms
-        into, out = self.scale
-        if self.place.hook_out is None:
-            out = into
+        read, written = self.units if self.place.hook_out is not None else (self.units[0],) * 2
+        into, out = read.factor, written.factor
         known = {"hook_name": self.place.hook, "normalized_by": into, **about}
         if self.place.hook_out is not None:
             known["hook_name_out"] = self.place.hook_out
+        bias = w.bias
+        if not spec.subtract and read.centre is not None:  # of an SAE, b_dec takes it away
+            bias = bias - w.enc @ (read.centre.to(bias) * into)
         # In the units of training the latent is v; here its decoder row has length 1, so it is v norm / out.
         tensors = {
             "W_enc": (w.enc * (norms * into / out)[:, None]).T.contiguous(),
-            "b_enc": w.bias * norms / out,
+            "b_enc": bias * norms / out,
             "W_dec": w.dec / norms[:, None],
-            "b_dec": w.b_dec / out,
+            "b_dec": written.back(w.b_dec),
         }
         kind: Any = spec.architecture
         threshold = None if w.threshold is None else w.threshold * norms / out
         if spec.architecture in ("batchtopk", "matryoshka"):
-            x = some[self.place.hook].to(w.bias.device, torch.float32) * into
+            x = read(some[self.place.hook].to(w.bias.device, torch.float32))
             values = (
                 objectives.scores(w, x, replace(spec, selection="float32"))
                 .float()
@@ -185,11 +222,6 @@ def rate(spec: Spec, done: int, steps: int) -> float:
         return low + (1 - low) * done / max(1, spec.warm_up - 1)
     left = steps - done
     return left / spec.decay if left < spec.decay else 1.0
-
-
-def scale_of(rows: Float[Tensor, "row d"]) -> float:
-    """The factor that makes the mean length of these rows the square root of their width."""
-    return float(math.sqrt(rows.shape[-1]) / rows.float().norm(dim=-1).mean())
 
 
 # ---- several at once ----

@@ -19,9 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saes.evaluate import Quality, quality
-from saes.objectives import Architecture, Spec
+from saes.objectives import LARGEST, Architecture, Spec
 from saes.sae import SAE
-from saes.train import Place, Progress, Training, scale_of
+from saes.train import Place, Progress, Training, Units
 from workbench import sites, texts
 from workbench.activations import ActivationStore, capture
 from workbench.errors import UserError, unknown
@@ -73,7 +73,7 @@ def train_sae(
     widths: str = "",
     tokens: int = 500_000,
     length: int = 128,
-    batch: int = 2048,
+    batch: int = 1024,
     lr: float | None = None,
     bfloat16: bool = False,
     dtype: str = "float16",
@@ -91,7 +91,7 @@ def train_sae(
     tokens        of the text to train on, each once
     length        of the sequences that the text is cut into
     batch         rows in a step
-    lr            largest learning rate; none: 2e-4 times the root of 16384 / latents
+    lr            largest learning rate; none: 5e-4 times the root of 16384 / latents
     bfloat16      decide in half precision which latents are active; faster, and the values stay exact
     dtype         that the SAEs are kept in: float32, float16 or bfloat16
     """
@@ -108,14 +108,15 @@ def train_sae(
     spec = Spec(
         architecture, latents, k if k != int(k) else int(k), l1=price, l0=price, price_warm_up=steps // 5,
         widths=tuple(int(one) for one in widths.split(",") if one.strip()), subtract=not out,
+        norm=1.0 if architecture in LARGEST else 0.1,  # so long, the largest explain half of it from the start, and hardly any dies
         selection="bfloat16" if bfloat16 else "float32", dead_after=max(20, min(1000, steps // 10)),
-        lr=lr or 2e-4 * (2**14 / latents) ** 0.5, warm_up=min(200, steps // 20), decay=steps // 5,
+        lr=lr or 5e-4 * (2**14 / latents) ** 0.5, warm_up=min(200, steps // 20), decay=steps // 5,
     )  # fmt: skip
-    scales = {hook: scale_of(x) for hook, x in first.items()}
+    units = {hook: Units.of(x) for hook, x in first.items()}
     trainings = {
         name: Training(
             spec, place, *(_width(model, hook) for hook in (place.hook, place.out)), steps=steps, seed=seed,
-            scale=(scales[place.hook], scales[place.out]), device=device,
+            units=(units[place.hook], units[place.out]), device=device,
         )
         for name, place in places.items()
     }  # fmt: skip
@@ -127,11 +128,12 @@ def train_sae(
         progress.run(stream)
     about |= {"rows": steps * batch, "model_name": model.name, "model_fingerprint": model.fingerprint}
     _save(progress, first, folder, dtype, about)
+    factors = {hook: one.factor for hook, one in units.items()}
     held_out = texts.sequences(whole.part(held_out=True), model, length, measured, seed)
     return SaeTraining(
         {name: {key: torch.tensor(x) for key, x in curve.items()} for name, curve in progress.curves.items()},
         {name: quality(model, store, SAE.load(folder / name), held_out) for name in trainings},
-        about | {"spec": dataclasses.asdict(spec), "scales": scales, "seconds": progress.seconds},
+        about | {"spec": dataclasses.asdict(spec), "factors": factors, "seconds": progress.seconds},
         f"on held-out documents of {text}, without the first position of each sequence of {length}; recovered: share "
         "of the loss that zeros would cost",
     )  # fmt: skip

@@ -31,7 +31,7 @@ from circuits.sparse.data import train_tokenizer
 from circuits.sparse.model import SparseConfig, SparseTransformer
 from circuits.sparse.train import Recipe
 from saes.objectives import Spec
-from saes.train import Place, Training
+from saes.train import Place, Training, Units
 from workbench import cli, places, registry, settings
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel
@@ -192,7 +192,9 @@ def tiny_sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained SAE of `tiny`'s residual stream after block 1, in a folder."""
     generator = torch.Generator().manual_seed(0)
     spec = Spec(latents=64, k=4)
-    training = Training(spec, Place("blocks.1.hook_resid_post"), 32, 32, steps=1, seed=0, scale=(2.0, 2.0))
+    training = Training(
+        spec, Place("blocks.1.hook_resid_post"), 32, 32, steps=1, seed=0, units=(Units(2.0), Units(2.0))
+    )
     folder = tmp_path_factory.mktemp("sae") / "sae"
     training.sae({"blocks.1.hook_resid_post": torch.randn(8, 32, generator=generator)}).save(folder)
     return folder

@@ -24,7 +24,7 @@ from torch import Tensor
 from saes.active import Active
 from saes.objectives import Spec
 from saes.sae import SAE
-from saes.train import Place, Progress, Training, scale_of
+from saes.train import Place, Progress, Training, Units, geometric_median
 from workbench.activations.streams import Stream
 from workbench.errors import UserError
 
@@ -119,7 +119,7 @@ def test_saelens_opens_our_files_and_finds_the_same(case: str, scaled: bool, tmp
     data = rows()
     _, training = pair(case)
     if scaled:
-        training.scale = (scale_of(data[0]),) * 2
+        training.units = (Units.of(data[0], centred=False),) * 2
     for x in data:
         training.step({HOOK: x})
     ours = training.sae({HOOK: torch.cat(data[-5:])}, model_name="toy")
@@ -240,8 +240,7 @@ def test_a_transcoder_writes_what_another_hook_point_has(tmp_path: Path) -> None
         ("jumprelu", "jumprelu_transcoder"),
     ):
         one = training(kind, 300, out, subtract=False, l1=0.02, l0=0.01, k=10, threshold=0.01)
-        scale = scale_of(data[0])
-        one.scale = (scale, scale / 2)
+        one.units = Units.of(data[0]), Units.of(2 * data[0])
         stream = stream_of(data, hooks=(HOOK, out))
         for batch in stream:
             one.step(batch)
@@ -284,20 +283,54 @@ def test_dead_latents_come_back() -> None:
     assert left[0.0] > LATENTS // 3 and left[1.0] < 0.7 * left[0.0]
 
 
-def test_the_scale_is_folded_into_the_weights() -> None:
-    """Training on activations a hundred times as large gives the same latents in a hundred times the units."""
+def test_units_are_folded_into_the_weights() -> None:
+    """Training on activations a hundred times as large, somewhere else, gives the same latents in a hundred times the
+    units."""
     data = rows()
     saes = []
     for factor in (1.0, 100.0):
         one = training("topk")
-        one.scale = (scale_of(data[0] * factor),) * 2
+        one.units = (Units.of(data[0] * factor + 5.0),) * 2
         for x in data:
-            one.step({HOOK: x * factor})
-        saes.append(one.sae({HOOK: data[0] * factor}))
+            one.step({HOOK: x * factor + 5.0})
+        saes.append(one.sae({HOOK: data[0] * factor + 5.0}))
     small, large = saes
-    latents = small.encode(data[0])
-    assert torch.allclose(large.encode(data[0] * 100) / 100, latents, atol=1e-4)
-    assert float((data[0] * scale_of(data[0])).norm(dim=-1).mean()) == pytest.approx(D**0.5, rel=1e-5)
+    latents = small.encode(data[0] + 5.0)
+    assert torch.allclose(large.encode(data[0] * 100 + 5.0) / 100, latents, atol=1e-4)
+    recon = small.decode(latents)
+    assert torch.allclose((large.decode(latents * 100) - 5.0) / 100, recon - 5.0, atol=1e-4)
+    for centred in (False, True):
+        found = Units.of(data[0] + 5.0, centred=centred)(data[0] + 5.0)
+        assert float(found.norm(dim=-1).mean()) == pytest.approx(D**0.5, rel=1e-5)
+
+
+def test_the_geometric_median_is_where_the_distances_are_least_and_outliers_do_not_move_it() -> None:
+    x = rows(1)[0]
+    centre = geometric_median(x)
+
+    def distance(point: Tensor) -> float:
+        return float((x - point).norm(dim=-1).mean())
+
+    for seed in range(20):
+        away = 0.05 * torch.randn(D, generator=torch.Generator().manual_seed(seed))
+        assert distance(centre) < distance(centre + away)
+    assert distance(centre) <= distance(x.mean(0))
+    spoiled = x.clone()
+    spoiled[0] = 1e5
+    assert float((geometric_median(spoiled) - centre).norm()) < 0.1 * float((spoiled.mean(0) - centre).norm())
+
+
+def test_latents_live_though_all_activations_have_much_in_common() -> None:
+    """Rows that lie far from 0: without a centre most latents die."""
+    far = 40 * torch.nn.functional.normalize(torch.randn(D, generator=torch.Generator().manual_seed(3)), dim=-1)
+    left = {}
+    for centred in (False, True):
+        one = training(steps=150, aux=0.0, dead_after=50)
+        one.units = (Units.of(rows(1)[0] + far, centred=centred),) * 2
+        for x in rows(150):
+            one.step({HOOK: x + far})
+        left[centred] = int(one.dead.sum())
+    assert left[True] < LATENTS // 3 and left[False] > 0.9 * LATENTS
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from sae_lens.registry import get_sae_training_class
 from torch import Tensor
 
 from saes.objectives import Spec
-from saes.train import Place, Progress, Training, scale_of
+from saes.train import Place, Progress, Training, Units
 from tests.benchmarks import harness, peers  # noqa: F401  (where sparsify is found)
 from workbench import texts
 from workbench.activations import ActivationStore
@@ -178,7 +178,12 @@ def our_run(model: LanguageModel, documents: Text, tokens: int, hook: str, folde
     spec = Spec(latents=LATENTS, k=K, lr=LR)
     first = torch.cat(store.get(model, rows[:16], [hook])[hook])
     one = Training(
-        spec, Place(hook), model.config.d_model, model.config.d_model, steps=steps, scale=(scale_of(first),) * 2
+        spec,
+        Place(hook),
+        model.config.d_model,
+        model.config.d_model,
+        steps=steps,
+        units=(Units.of(first, centred=False),) * 2,
     )
     progress = Progress({"one": one}, None, {})
     progress.run(store.stream(model, rows, [hook], rows=BATCH, window=2**15))
