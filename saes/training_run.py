@@ -108,7 +108,7 @@ def train_sae(
     spec = Spec(
         architecture, latents, k if k != int(k) else int(k), l1=price, l0=price, price_warm_up=steps // 5,
         widths=tuple(int(one) for one in widths.split(",") if one.strip()), subtract=not out,
-        norm=1.0 if architecture in LARGEST else 0.1,  # so long, the largest explain half of it from the start, and hardly any dies
+        norm=1.0 if architecture in LARGEST else 0.1,  # at 1 the chosen explain half from the start, and few ever die
         selection="bfloat16" if bfloat16 else "float32", dead_after=max(20, min(1000, steps // 10)),
         lr=lr or 5e-4 * (2**14 / latents) ** 0.5, warm_up=min(200, steps // 20), decay=steps // 5,
     )  # fmt: skip
