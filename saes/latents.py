@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saes.evaluate import check_fit
-from saes.pretrained import load
+from saes.pretrained import fit, load
 from saes.sae import SAE
 from workbench import norms, texts
 from workbench.activations import ActivationStore
@@ -122,7 +121,7 @@ def latents(
     examples  sequences in which each is largest; a third as many for each quintile
     """
     chosen = one_of(load(sae), hook, sae)
-    check_fit(model, chosen, chosen.hook)
+    fit(model, store, chosen)
     sequences = texts.sequences(texts.load(text), model, length, tokens, seed)
     seen = Seen.of(chosen, examples, seed)
     for part, x in rows(model, store, chosen, sequences):

@@ -7,7 +7,8 @@
                                anything that SAELens lists: release and id; fetched from the model hub
 
 An SAE that was trained on other activations than those it gets still returns numbers: of another layer, on scaled or
-centred ones, or those of a model that was quantised. So `fit` looks at what it makes of some text first.
+centred ones, or those of a model that was quantised. So every analysis looks at what it makes of some text first
+(`fit`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saes.evaluate import check_fit
+from saes.evaluate import by_length, check_fit
 from saes.sae import CONFIG, SAE, from_saelens
 from workbench import places, texts
 from workbench.activations import ActivationStore
@@ -74,8 +75,9 @@ def load(spec: str) -> dict[str, SAE]:
     return {sae.hook: sae for sae in map(SAE.load, inside)}
 
 
-def fit(model: LanguageModel, store: ActivationStore, sae: SAE, text: str = "parallel") -> dict[str, float]:
-    """What an SAE makes of this model's activations on some text: l0, fvu, mean length of the activations.
+def fit(model: LanguageModel, store: ActivationStore | None, sae: SAE, text: str = "parallel") -> dict[str, float]:
+    """What an SAE makes of this model's activations on some text: l0, fvu, mean length of the activations. Without a
+    store they are computed.
 
     Raises UserError, in a sentence, if it is of another hook point, another width, or other activations.
     """
@@ -100,11 +102,16 @@ def fit(model: LanguageModel, store: ActivationStore, sae: SAE, text: str = "par
 
 
 def _both(
-    model: LanguageModel, store: ActivationStore, sae: SAE, some: list[Int[Tensor, " pos"]]
+    model: LanguageModel, store: ActivationStore | None, sae: SAE, some: list[Int[Tensor, " pos"]]
 ) -> tuple[list[Tensor], list[Tensor]]:
     out = str(sae.about["hook_name_out"]) if sae.transcoder else sae.hook
-    found = store.get(model, some, list(dict.fromkeys([sae.hook, out])))
-    return found[sae.hook], found[out]
+    hooks = list(dict.fromkeys([sae.hook, out]))
+    if store is not None:
+        found = store.get(model, some, hooks)
+        return found[sae.hook], found[out]
+    runs = [model.run(rows, capture=hooks, logits="none") for rows in by_length(some, CHECKED)]
+    x, y = ([row for run in runs for row in run[hook]] for hook in (sae.hook, out))
+    return x, y
 
 
 @cache
@@ -127,8 +134,8 @@ def sae_basis(model: LanguageModel, argument: str) -> dict[str, Basis]:
         raise UserError("sae needs a name, such as sae:./folder or sae:gemma-3-270m-12.")
     found: dict[str, Basis] = {}
     for hook, sae in load(argument).items():
-        check_fit(model, sae, hook)
         if sae.transcoder:
             raise UserError(f"{argument} is a transcoder, which reads at {hook} and writes elsewhere; give an SAE.")
+        fit(model, None, sae)
         found[hook] = replace(sae.to(model.device, model.dtype))
     return found

@@ -128,12 +128,11 @@ def train_sae(
         progress.run(stream)
     about |= {"rows": steps * batch, "model_name": model.name, "model_fingerprint": model.fingerprint}
     _save(progress, first, folder, dtype, about)
-    factors = {hook: one.factor for hook, one in units.items()}
     held_out = texts.sequences(whole.part(held_out=True), model, length, measured, seed)
     return SaeTraining(
         {name: {key: torch.tensor(x) for key, x in curve.items()} for name, curve in progress.curves.items()},
         {name: quality(model, store, SAE.load(folder / name), held_out) for name in trainings},
-        about | {"spec": dataclasses.asdict(spec), "factors": factors, "seconds": progress.seconds},
+        about | {"spec": dataclasses.asdict(spec), "seconds": progress.seconds},
         f"on held-out documents of {text}, without the first position of each sequence of {length}; recovered: share "
         "of the loss that zeros would cost",
     )  # fmt: skip

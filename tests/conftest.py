@@ -32,7 +32,7 @@ from circuits.sparse.model import SparseConfig, SparseTransformer
 from circuits.sparse.train import Recipe
 from saes.objectives import Spec
 from saes.train import Place, Training, Units
-from workbench import cli, places, registry, settings
+from workbench import cli, places, registry, settings, texts
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel
 from workbench.tasks.python_code import TASKS
@@ -188,15 +188,18 @@ def bridged_coder(sparse_coder: LanguageModel, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def tiny_sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained SAE of `tiny`'s residual stream after block 1, in a folder."""
-    generator = torch.Generator().manual_seed(0)
-    spec = Spec(latents=64, k=4)
+def tiny_sae(tiny: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SAE of `tiny`'s residual stream after block 1, trained for a moment, in a folder."""
+    hook = "blocks.1.hook_resid_post"
+    tokens = torch.stack(texts.sequences(texts.load("parallel"), tiny, 33, 33 * 128)[:128])
+    rows = tiny.run(tokens, capture=[hook], logits="none")[hook][:, 1:].reshape(-1, 32)
     training = Training(
-        spec, Place("blocks.1.hook_resid_post"), 32, 32, steps=1, seed=0, units=(Units(2.0), Units(2.0))
+        Spec(latents=64, k=4, norm=1.0, lr=3e-3), Place(hook), 32, 32, steps=96, units=(Units.of(rows),) * 2
     )
+    for step in range(96):
+        training.step({hook: rows[step % 16 :: 16]})
     folder = tmp_path_factory.mktemp("sae") / "sae"
-    training.sae({"blocks.1.hook_resid_post": torch.randn(8, 32, generator=generator)}).save(folder)
+    training.sae({hook: rows}).save(folder)
     return folder
 
 

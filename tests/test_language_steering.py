@@ -50,12 +50,12 @@ def direction() -> Tensor:
 
 @pytest.fixture(scope="module")
 def planted(tiny_sae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An SAE after the last block, one of whose latents writes that direction."""
-    sae = SAE.load(tiny_sae)
-    W_dec, W_enc = sae.W_dec.clone(), sae.W_enc.clone()
-    W_dec[PLANTED], W_enc[:, PLANTED] = direction(), direction()
+    """An SAE after the last block, one of whose latents writes that direction; others the coordinates, either way."""
+    W_dec = torch.cat([torch.eye(32), -torch.eye(32)])
+    W_dec[PLANTED] = direction()
     folder = tmp_path_factory.mktemp("planted") / "sae"
-    replace(sae, kind="standard", k=None, W_dec=W_dec, W_enc=W_enc, about={"hook_name": HOOK}).save(folder)
+    biases = {"b_enc": torch.zeros(64), "b_dec": torch.zeros(32), "about": {"hook_name": HOOK}}
+    replace(SAE.load(tiny_sae), kind="standard", k=None, W_dec=W_dec, W_enc=W_dec.T.contiguous(), **biases).save(folder)
     return folder
 
 

@@ -150,6 +150,21 @@ def test_an_sae_of_something_else_is_a_sentence(tiny: LanguageModel, store: Acti
             pretrained.fit(tiny, store, other)
 
 
+@pytest.mark.parametrize("name", ["latents", "language-latents", "language-heads", "language-steering"])
+def test_no_analysis_takes_an_sae_of_something_else(name: str, tiny: LanguageModel, sae: SAE, tmp_path: Path) -> None:
+    folder = tmp_path / "of-others"
+    replace(sae, W_dec=sae.W_dec * 9).save(folder)
+    with pytest.raises(UserError, match="it was trained on others"):
+        runs.run(name, model=tiny, sae=str(folder))
+    with pytest.raises(UserError, match="it was trained on others"):
+        bases.load(tiny, f"sae:{folder}")
+
+
+def test_fit_is_the_same_with_a_store_and_without(tiny: LanguageModel, store: ActivationStore, sae: SAE) -> None:
+    kept, computed = pretrained.fit(tiny, store, sae), pretrained.fit(tiny, None, sae)
+    assert kept == pytest.approx(computed, rel=1e-4) and 0.01 < kept["fvu"] < 0.9 and kept["l0"] > 1
+
+
 # ---- latents ----
 
 

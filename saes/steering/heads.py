@@ -24,9 +24,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saes.evaluate import check_fit
 from saes.latents import one_of
-from saes.pretrained import load
+from saes.pretrained import fit, load
 from saes.steering.evaluate import prompts
 from saes.steering.language_steering import own_tokens, way
 from saes.steering.languages import check
@@ -116,7 +115,7 @@ def language_heads(
     if check(target) == check(source):
         raise UserError(f"the target and the source are both {target}; name another language.")
     chosen = one_of(load(sae), hook, sae)
-    check_fit(model, chosen, chosen.hook)
+    fit(model, store, chosen)
     layer, name = sites.split(chosen.hook)
     if layer is None or name != "hook_resid_post":
         raise UserError(f"{chosen.hook} is no residual stream after a block, which alone is a sum of writes.")

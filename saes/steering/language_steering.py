@@ -23,8 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saes.evaluate import check_fit
-from saes.pretrained import load
+from saes.pretrained import fit, load
 from saes.sae import SAE
 from saes.steering import baselines
 from saes.steering.evaluate import Unsteered, Verdict, Written, judge, prompts, write
@@ -182,9 +181,9 @@ def language_steering(
         raise UserError(f"the target and the source are both {target}; steer towards another language.")
     bases = load(sae)
     for hook, one in bases.items():
-        check_fit(model, one, hook)
         if one.transcoder:
             raise UserError(f"{sae} at {hook} is a transcoder, which does not write where it reads; give an SAE.")
+        fit(model, store, one)
     parallel = corpus("search")
     stats = {hook: statistics(model, store, one, parallel, seed) for hook, one in bases.items()}
     ids = own_tokens(model, parallel, target)

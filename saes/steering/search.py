@@ -28,9 +28,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saes.evaluate import check_fit
 from saes.latents import one_of
-from saes.pretrained import load
+from saes.pretrained import fit, load
 from saes.sae import SAE
 from saes.steering.languages import LANGUAGES, check
 from workbench import texts
@@ -76,7 +75,6 @@ def statistics(
     model: LanguageModel, store: ActivationStore, sae: SAE, parallel: dict[str, list[str]], seed: int = 0
 ) -> LanguageStats:
     """From one pass over the sentences of each language; activations come from the store."""
-    check_fit(model, sae, sae.hook)
     columns: dict[str, list[Tensor]] = {name: [] for name in ("last", "bare", "sentences", "rate", "fired")}
     for sentences in parallel.values():
         z = _latents(model, store, sae, [model.tokenize(text) for text in sentences])
@@ -211,6 +209,7 @@ def language_latents(
     k        top latents that are compared
     """
     chosen = one_of(load(sae), hook, sae)
+    fit(model, store, chosen)
     stats = statistics(model, store, chosen, corpus("search"), seed)
     names = [check(one.strip()) for one in targets.split(",")]
     found = {name: scores(stats, name, source) for name in names}
