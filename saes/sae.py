@@ -137,6 +137,8 @@ class SAE:
     def save(self, folder: Path, dtype: str = "float32") -> None:
         """Write the files, aside, and rename: what exists is whole. A folder that exists is left as it is.
 
+        dtype  of the matrices; biases, which may be as large as activations and take no room, stay float32
+
         Raises UserError if it cannot be written.
         """
         d_in, d_out = self.W_enc.shape[0], self.W_dec.shape[1]
@@ -155,7 +157,10 @@ class SAE:
             **({"d_out": d_out} if self.transcoder else {}),
         }
         with runs.whole(folder) as aside:
-            tensors = {name: x.detach().to("cpu", DTYPES[dtype]).contiguous() for name, x in self.tensors().items()}
+            tensors = {
+                name: x.detach().to("cpu", DTYPES[dtype] if x.ndim > 1 else torch.float32).contiguous()
+                for name, x in self.tensors().items()
+            }
             save_file(tensors, aside / WEIGHTS)
             (aside / CONFIG).write_text(json.dumps(config, indent=1))
 

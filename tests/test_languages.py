@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from saes.steering import languages
 from workbench import texts
@@ -103,7 +105,30 @@ def test_translations_are_more_alike_than_others() -> None:
         assert float((own > floor).float().mean()) > 0.95 and float((own - floor).mean()) > 0.05
     same, floor = languages.similarity(["Good morning!", "The cat sleeps."], ["Good morning!", "The cat sleeps."])
     assert torch.allclose(same, torch.ones(2), atol=1e-3) and float(floor.max()) < 0.95
+    with pytest.raises(UserError, match="cannot be had"):
+        languages.embed(["a"], "./no-such-encoder")
     with pytest.raises(UserError, match="at least 2 of each"):
         languages.similarity(["a"], ["b"])
     with pytest.raises(UserError, match="did you mean"):
         languages.check("frr")
+
+
+def test_an_encoder_of_ones_own_folder(tmp_path: Path) -> None:
+    """A random BERT: its pooled first token, of length 1, whatever stands beside the text."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "morning", "cats", "sleep"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    module = BertModel(config).eval()
+    module.save_pretrained(tmp_path)
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    some = ["good morning", "cats", "good cats sleep", "cats"]
+    found = languages.embed(some, str(tmp_path))
+    ids = torch.tensor([[2, 5, 7, 8, 3]])
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(module(ids).pooler_output, dim=-1)
+    assert torch.allclose(found[2], expected[0], atol=1e-5) and torch.equal(found[1], found[3])
+    own, _ = languages.similarity(some[:3], some[1:], str(tmp_path))
+    assert own.tolist() == pytest.approx((found[:3] * found[1:]).sum(-1).tolist(), abs=1e-5)

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
@@ -110,6 +112,31 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase
         except Exception as error:  # the backend raises many types for unreadable files
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{folder} could not be read as a model: {reason}") from error
+
+
+def sentence_encoder(name: str) -> Callable[[Sequence[str]], Float[Tensor, "text d"]]:
+    """Unit vectors of texts by an encoder with a pooler, such as LaBSE: a folder, or a name on the model hub.
+
+    Raises UserError if it cannot be had.
+    """
+    with _quiet():
+        try:
+            tokenizer, module = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"the sentence encoder {name} cannot be had: {reason}") from error
+
+    @torch.no_grad()
+    def encode(texts: Sequence[str]) -> Tensor:
+        rows = [
+            module(
+                **tokenizer(list(texts[i : i + 32]), padding=True, truncation=True, return_tensors="pt")
+            ).pooler_output
+            for i in range(0, len(texts), 32)
+        ]
+        return F.normalize(torch.cat(rows).float(), dim=-1)
+
+    return encode
 
 
 def new_cache(module: CausalLM) -> Any:

@@ -6,7 +6,7 @@
     fidelity   (similarity to the unsteered text - floor) / (ceiling - floor): the floor is that to texts on other
                prompts, the ceiling that of two unsteered texts on the same prompt
     score      harmonic mean of plain and fidelity (as CLaS-Bench's)
-    bits       of the new text per byte of it, under the model without steering: how odd it finds it
+    bits       of the new text per byte of it, under the model without steering: how odd it finds it; of the first 50
 
 Sampling is from each prompt's own seed, so that every way to steer meets the same chance.
 """
@@ -31,6 +31,7 @@ from workbench.models import LanguageModel
 
 PROMPTS = texts.PARALLEL.with_name("prompts.jsonl")
 ROWS = 192  # texts that are written at once
+READ = 50  # texts whose bits are counted: reading one costs the model as much as writing it
 
 
 def prompts(split: Literal["validation", "test"]) -> list[str]:
@@ -114,23 +115,28 @@ class Verdict:
 @dataclass(frozen=True)
 class Unsteered:
     """What the model writes by itself on the same prompts: the texts steered ones are compared with, and another sample
-    of them, by which the ceiling is measured."""
+    of them, by which the ceiling is measured.
+
+    encoder  of the sentences that are compared, see `languages.embed`
+    """
 
     written: Written
     again: Written
+    encoder: str = "e5"
 
     @classmethod
     def of(
-        cls, model: LanguageModel, given: Sequence[str], steps: int, *, temperature: float = 0.5, seed: int = 0
-    ) -> Unsteered:
+        cls, model: LanguageModel, given: Sequence[str], steps: int, *, temperature: float = 0.5, seed: int = 0,
+        encoder: str = "e5",
+    ) -> Unsteered:  # fmt: skip
         first, second = (
             write(model, given, [None], steps, temperature=temperature, seed=number)[0] for number in (seed, seed + 1)
         )
-        return cls(first, second)
+        return cls(first, second, encoder)
 
     def ceiling(self) -> tuple[float, float]:
         """Mean similarity of two texts on one prompt, and on different ones."""
-        own, floor = languages.similarity(self.again.texts, self.written.texts)
+        own, floor = languages.similarity(self.again.texts, self.written.texts, self.encoder)
         return float(own.mean()), float(floor.mean())
 
 
@@ -148,13 +154,13 @@ def glance(written: Written, target: str) -> Verdict:
 def judge(written: Written, target: str, beside: Unsteered, model: LanguageModel | None = None) -> Verdict:
     """Everything. model: also how odd the model itself finds the texts."""
     seen = glance(written, target)
-    own, floor = languages.similarity(written.texts, beside.written.texts)
+    own, floor = languages.similarity(written.texts, beside.written.texts, beside.encoder)
     ceiling, apart = beside.ceiling()
     rows = zip(written.texts, written.tokens, (own > floor).tolist(), strict=True)
     strict = sum(alike and languages.is_in(text, target, tokens) for text, tokens, alike in rows)
     low = float(floor.mean())
     fidelity = min(1.0, max(0.0, (float(own.mean()) - low) / max(1e-6, ceiling - apart)))
-    to_prompt, _ = languages.similarity(written.texts, written.prompts)
+    to_prompt, _ = languages.similarity(written.texts, written.prompts, beside.encoder)
     return Verdict(
         **{name: getattr(seen, name) for name in ("n", "plain", "plain_interval", "clean", "repetition", "labels")},
         strict=strict / seen.n, strict_interval=languages.wilson(strict, seen.n), similarity=float(own.mean()),
@@ -164,9 +170,9 @@ def judge(written: Written, target: str, beside: Unsteered, model: LanguageModel
 
 
 def bits(model: LanguageModel, written: Written) -> float:
-    """Of all new texts together, per byte, by the model unsteered."""
+    """Of the first texts together, per byte, by the model unsteered."""
     total, size = 0.0, 0
-    for prompt, tokens, text in zip(written.prompts, written.tokens, written.texts, strict=True):
+    for prompt, tokens, text in list(zip(written.prompts, written.tokens, written.texts, strict=True))[:READ]:
         if text:
             start = model.tokenize(prompt)
             whole = torch.cat([start, torch.tensor(tokens)])

