@@ -125,7 +125,7 @@ def test_a_run_from_search_to_table(french: LanguageModel, planted: Path) -> Non
             assert best.verdict is not None
             strict = [cell.verdict.strict for cell in mine if cell.hook == hook and cell.verdict is not None]
             assert best.verdict.strict == max(strict)
-    assert set(found.layers) == {"latent", "DiffMean", "PCA", "probe"}
+    assert set(found.layers) == {"latent", "DiffMean", "PCA", "probe", "three latents"}
     bars = [trace for trace in figure(found).data if trace.type == "bar"]
     assert len(bars) == 3 and all(len(trace.x) == len(found.table) for trace in bars[:2])
     assert list(bars[2].x) == pytest.approx([one.ablated - one.plain for one in found.effects.values()])
@@ -253,6 +253,20 @@ def test_directions_are_those_of_the_means(tiny: LanguageModel, store: Activatio
         assert one.unit == pytest.approx(float(mean.norm()), rel=1e-4)
     sides = [torch.stack([x.mean(0) for x in tokens(some)]) @ found["probe"].vector for some in (ours, theirs)]
     assert float((sides[0][:, None] > sides[1][None]).float().mean()) > 0.95
+
+
+def test_several_latents_move_as_each_alone_by_its_difference(
+    tiny: LanguageModel, store: ActivationStore, tiny_sae: Path
+) -> None:
+    sae = SAE.load(tiny_sae)
+    some = {name: rows[:15] for name, rows in corpus("search", ["en", "ru", "ja"]).items()}
+    stats = language_steering.statistics(tiny, store, sae, some)
+    found = baselines.several(sae, stats, "ru", "en", 3)
+    top = language_steering.scores(stats, "ru", "en")["monolinguality"].argsort(descending=True)[:3].tolist()
+    alone = sum(
+        language_steering.way(sae, stats, "ru", "en", one).change(torch.zeros(1, 32), torch.ones(1, 1)) for one in top
+    )
+    assert torch.allclose(found.change(torch.zeros(1, 32), torch.ones(1, 1)), torch.as_tensor(alone), atol=1e-5)
 
 
 def test_neurons_are_of_one_language_and_move_by_its_difference(tiny: LanguageModel) -> None:

@@ -6,6 +6,7 @@ Their unit is the length of the mean difference between the languages, so that s
     PCA             first principal component of sentence means in both, towards the target
     probe           normal of a logistic regression of the two languages on sentence means
     LAPE            neurons that are active in one language above all (Tang et al. 2024), moved by their mean difference
+    three latents   those of largest monolinguality together, each by its own difference
     prompting       no steering: an instruction in the target language before the prompt
     random direction, random latent, wrong language   controls, as long as what the single latent adds
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from saes.evaluate import by_length
 from saes.sae import SAE
-from saes.steering.search import LanguageStats
+from saes.steering.search import LanguageStats, scores
 from saes.steering.steer import Plan, Steering
 from workbench import sites
 from workbench.activations import ActivationStore
@@ -68,6 +69,15 @@ def directions(
     normal = torch.tensor(fitted.coef_[0], dtype=torch.float32) / scale
     found = {"DiffMean": difference / unit, "PCA": first, "probe": normal / normal.norm()}
     return {name: Steering(hook, 1.0, direction=vector, unit=unit) for name, vector in found.items()}
+
+
+def several(sae: SAE, stats: LanguageStats, target: str, source: str, n: int = 3) -> Steering:
+    """The latents of largest monolinguality together, with strength 1; each by the difference of its means."""
+    top = scores(stats, target, source)["monolinguality"].topk(min(n, sae.n_latents)).indices
+    means = stats.sentences.mean(1)
+    difference = means[stats.languages.index(target)] - means[stats.languages.index(source)]
+    whole = difference[top] @ sae.W_dec[top]
+    return Steering(stats.hook, 1.0, direction=whole / whole.norm(), unit=float(whole.norm()))
 
 
 def lape(model: LanguageModel, parallel: dict[str, list[str]], target: str, source: str) -> tuple[Steering, ...]:

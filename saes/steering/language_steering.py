@@ -198,7 +198,7 @@ def language_steering(
     chosen = cells.best(tried)
     plain = {
         name: [step.at(s) for step in some for s in (0.5, 1.0, 1.5, 2.0)]
-        for name, some in _baselines(model, store, list(bases), parallel, target, source).items()
+        for name, some in _baselines(model, store, bases, stats, target, source).items()
     }
     found = {
         name: parts.once(f"baseline-{name}", Cells, lambda name=name, some=some: sweep.run(name, some, written // 2))  # type: ignore[misc]
@@ -260,13 +260,16 @@ def own_tokens(model: LanguageModel, parallel: Mapping[str, Sequence[str]], targ
 
 
 def _baselines(
-    model: LanguageModel, store: ActivationStore, hooks: Sequence[str], parallel: Mapping[str, Sequence[str]],
+    model: LanguageModel, store: ActivationStore, bases: Mapping[str, SAE], stats: Mapping[str, LanguageStats],
     target: str, source: str,
 ) -> dict[str, list[Steering]]:  # fmt: skip
     """By name, one for each hook point."""
     found: dict[str, list[Steering]] = {}
-    for hook in hooks:
-        for name, one in baselines.directions(model, store, hook, parallel[target], parallel[source]).items():
+    parallel = corpus("search", [target, source])
+    for hook, sae in bases.items():
+        some = baselines.directions(model, store, hook, parallel[target], parallel[source])
+        some["three latents"] = baselines.several(sae, stats[hook], target, source)
+        for name, one in some.items():
             found.setdefault(name, []).append(one)
     return found
 
