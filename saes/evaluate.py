@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from workbench.errors import UserError
 from workbench.models import LanguageModel
 
 AT_ONCE = 2**28  # logits
+READ = 4096  # tokens, about, that the losses are of: each takes a pass of the whole model
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Quality:
     fvu        squared error of the reconstruction / squared distance from the mean; 1 for a constant
     dead       share of latents that were active on no row
     common     share of latents that were active on more than a tenth of the rows
-    loss       of the model on the text, in nats per token
+    loss       of the model on the text, in nats per token; this and the rest on the first 4,096 tokens
     spliced    the same with the reconstruction in place of the activations, but at the first position
     without    the same with zeros in place of them
     recovered  (without - spliced) / (without - loss)
@@ -54,8 +57,11 @@ def quality(
     sae: SAE,
     sequences: Sequence[Int[Tensor, "_"]],
     hook: str | None = None,
+    loss: float | None = None,
 ) -> Quality:
     """Of an SAE or a transcoder, on some text. The output of a transcoder takes the place of what it is to write.
+
+    loss  of the model on that text, where it is known (`plain_loss`)
 
     Raises UserError if the SAE does not fit the model.
     """
@@ -79,16 +85,24 @@ def quality(
     def zero(given: Tensor) -> Tensor:
         return torch.cat([given[:, :1], torch.zeros_like(given[:, 1:])], 1)
 
-    plain = text_loss(model, sequences)
-    without = text_loss(model, sequences, {out: zero})
-    if sae.transcoder:
-        spliced = _transcoded(model, sae, hook, out, sequences)
-    else:
-        spliced = text_loss(model, sequences, {hook: splice})
+    read = _first(sequences)
+    plain = text_loss(model, read) if loss is None else loss
+    without = text_loss(model, read, {out: zero})
+    spliced = _transcoded(model, sae, hook, out, read) if sae.transcoder else text_loss(model, read, {hook: splice})
     return Quality(
         len(x), active / len(x), error / distance, float((fired == 0).double().mean()),
         float((fired > len(x) / 10).double().mean()), plain, spliced, without, (without - spliced) / (without - plain),
     )  # fmt: skip
+
+
+def plain_loss(model: LanguageModel, sequences: Sequence[Int[Tensor, "_"]]) -> float:
+    """Of the model itself on the part of a text on which `quality` takes losses."""
+    return text_loss(model, _first(sequences))
+
+
+def _first(sequences: Sequence[Int[Tensor, "_"]]) -> Sequence[Int[Tensor, "_"]]:
+    ends = list(accumulate(len(one) for one in sequences))
+    return sequences[: bisect_left(ends, READ) + 1]
 
 
 def check_fit(model: LanguageModel, sae: SAE, hook: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saes.evaluate import Quality, quality
+from saes.evaluate import Quality, plain_loss, quality
 from saes.objectives import LARGEST, Architecture, Spec
 from saes.sae import SAE
 from saes.train import Place, Progress, Training, Units
@@ -129,9 +129,10 @@ def train_sae(
     about |= {"rows": steps * batch, "model_name": model.name, "model_fingerprint": model.fingerprint}
     _save(progress, first, folder, dtype, about)
     held_out = texts.sequences(whole.part(held_out=True), model, length, measured, seed)
+    loss = plain_loss(model, held_out)
     return SaeTraining(
         {name: {key: torch.tensor(x) for key, x in curve.items()} for name, curve in progress.curves.items()},
-        {name: quality(model, store, SAE.load(folder / name), held_out) for name in trainings},
+        {name: quality(model, store, SAE.load(folder / name), held_out, loss=loss) for name in trainings},
         about | {"spec": dataclasses.asdict(spec), "seconds": progress.seconds},
         f"on held-out documents of {text}, without the first position of each sequence of {length}; recovered: share "
         "of the loss that zeros would cost",
