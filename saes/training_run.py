@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saes.evaluate import Quality, plain_loss, quality
@@ -129,10 +129,9 @@ def train_sae(
     about |= {"rows": steps * batch, "model_name": model.name, "model_fingerprint": model.fingerprint}
     _save(progress, first, folder, dtype, about)
     held_out = texts.sequences(whole.part(held_out=True), model, length, measured, seed)
-    loss = plain_loss(model, held_out)
     return SaeTraining(
         {name: {key: torch.tensor(x) for key, x in curve.items()} for name, curve in progress.curves.items()},
-        {name: quality(model, store, SAE.load(folder / name), held_out, loss=loss) for name in trainings},
+        _quality(model, store, folder, list(trainings), held_out),
         about | {"spec": dataclasses.asdict(spec), "seconds": progress.seconds},
         f"on held-out documents of {text}, without the first position of each sequence of {length}; recovered: share "
         "of the loss that zeros would cost",
@@ -147,6 +146,17 @@ def _save(
         if not (folder / name).exists():
             known = {"dataset_path": about["text"], "context_size": about["length"], **about}
             training.sae(some, **known).save(folder / name, dtype)
+
+
+def _quality(
+    model: LanguageModel,
+    store: ActivationStore,
+    folder: Path,
+    names: Sequence[str],
+    rows: Sequence[Int[Tensor, " pos"]],
+) -> dict[str, Quality]:
+    loss = plain_loss(model, rows)
+    return {name: quality(model, store, SAE.load(folder / name), rows, loss=loss) for name in names}
 
 
 def _places(model: LanguageModel, hooks: str, out: str) -> dict[str, Place]:
