@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from saes.latents import Latents
 from saes.training_run import SaeTraining
 from workbench import canvas
-from workbench.plots import definition, figure
+from workbench.plots import Table, definition, figure, tables
 
 SHADES = (canvas.POSITIVE, canvas.NEGATIVE, "rgba(128,128,128,{})")
 LINES = ("solid", "dash", "dot", "dashdot")
@@ -56,6 +56,19 @@ def training_figure(result: SaeTraining) -> go.Figure:
         legend2={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"},
     )
     return canvas.finish(fig, 360, top=40)
+
+
+@tables.register
+def training_tables(result: SaeTraining) -> list[Table]:
+    """How good each SAE came out."""
+    some = list(result.quality.values())
+    columns = {"hook point": list(result.quality), "rows": [f"{one.rows:,}" for one in some]}
+    for key, title in (
+        ("l0", "active latents"), ("fvu", "variance unexplained"), ("dead", "dead"), ("loss", "loss of the model"),
+        ("spliced", "with the SAE"), ("without", "with zeros"), ("recovered", "loss recovered"),
+    ):  # fmt: skip
+        columns[title] = [f"{getattr(one, key):.3f}" for one in some]
+    return [Table("On held-out text", columns)]
 
 
 @definition.register

@@ -25,7 +25,7 @@ from workbench import runs, texts
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
-from workbench.plots import figure
+from workbench.plots import figure, tables
 
 HOOK = "blocks.2.hook_resid_post"
 PLANTED = 7
@@ -126,6 +126,11 @@ def test_a_run_from_search_to_table(french: LanguageModel, planted: Path) -> Non
             strict = [cell.verdict.strict for cell in mine if cell.hook == hook and cell.verdict is not None]
             assert best.verdict.strict == max(strict)
     assert set(found.layers) == {"latent", "DiffMean", "PCA", "probe", "three latents"}
+    verdicts, written = tables(found)
+    assert set(verdicts.columns["method"]) == set(found.table) and len(written.columns["latent"]) == 5
+    row = verdicts.columns["method"].index("DiffMean")
+    assert verdicts.columns["strict success"][row].startswith(f"{found.table['DiffMean'].strict:.2f} (")
+    assert written.columns["unsteered"] == [text for _, text in found.examples["none"]]
     bars = [trace for trace in figure(found).data if trace.type == "bar"]
     assert len(bars) == 3 and all(len(trace.x) == len(found.table) for trace in bars[:2])
     assert list(bars[2].x) == pytest.approx([one.ablated - one.plain for one in found.effects.values()])

@@ -103,6 +103,8 @@ def test_tasks_without_a_circuit_are_shown_and_not_averaged() -> None:
     assert summary["geometric_mean_edges"] == 40 and summary["circuits"] == 2 and summary["solved"] == 2
     fig = plots.figure(table)
     assert list(fig.data[0].y) == ["b", "a", "c (no circuit)"] and list(fig.data[0].x) == [80, 20, None]
+    (shown,) = plots.tables(table)
+    assert shown.columns["task"] == ["a", "b", "c"] and shown.columns["edges"] == ["20", "80", "none"]
     assert TaskCircuits("m", {"c": Row(0.6, 0.6, 0.5)}, "").summary()["geometric_mean_edges"] is None
 
 

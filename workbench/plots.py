@@ -76,6 +76,19 @@ def definition(result: object) -> str:
     return inner.definition if inner is not None else ""
 
 
+class Table(NamedTuple):
+    """Words and numbers as they are to be read, by column."""
+
+    title: str
+    columns: dict[str, list[str]]
+
+
+@singledispatch
+def tables(result: object) -> list[Table]:
+    """What of a result is better read than seen; nothing where nobody has registered any."""
+    return []
+
+
 # ---- scores of nodes ----
 
 

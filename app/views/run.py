@@ -26,6 +26,10 @@ def show(run: Run, top: DeltaGenerator) -> None:
     strip(run)
     widgets.chart(plots.figure(result), key="figure")
     definition(run)
+    for table in plots.tables(result):
+        st.subheader(table.title, anchor=False)
+        cells = {widgets.plain(name): list(map(widgets.plain, column)) for name, column in table.columns.items()}
+        st.table(cells, border="horizontal", hide_index=True)
     if isinstance(result, LensResult):
         st.subheader("What the lens reads in the example", anchor=False)
         widgets.chart(plots.token_map(result), key="tokens")
@@ -46,7 +50,8 @@ def show(run: Run, top: DeltaGenerator) -> None:
 
 def heading(run: Run, top: DeltaGenerator) -> None:
     key = run.record["key"]
-    parts = [run.record["model_name"], key["task"], f"{key['n']} prompts"] if "task" in key else []
+    parts = [run.record["model_name"]] if run.record["model_name"] else []
+    parts += [key["task"], f"{key['n']} prompts"] if "task" in key else []
     parts.append(f"seed {key['seed']}")
     defaults = {p.name: p.default for p in registry.get_analysis(key["analysis"]).parameters.values()}
     parts += [f"{name} {value}" for name, value in key["parameters"].items() if value != defaults.get(name)]

@@ -12,7 +12,7 @@ from circuits.graph import Circuit
 from circuits.sparse.pruning_run import Row, SparseCircuit, TaskCircuits
 from circuits.sparse.reading import Node, Reading
 from workbench import canvas
-from workbench.plots import definition, figure
+from workbench.plots import Table, definition, figure, tables
 
 EDGES = 300  # drawn of a circuit: more are a carpet
 GREY = "rgba(128,128,128,{})"
@@ -184,7 +184,8 @@ def tasks_figure(result: TaskCircuits) -> go.Figure:
     fig.add_trace(
         go.Bar(
             x=[row.edges for row in rows], y=labels, orientation="h", marker_color=canvas.POSITIVE.format(0.85),
-            marker_line_width=0, showlegend=False, text=[row.edges for row in rows], textposition="auto",
+            marker_line_width=0, showlegend=False, text=[row.edges for row in rows], textposition="outside",
+            textangle=0, textfont_size=10, cliponaxis=False,
             hovertext=[_row_words(row) for row in rows], hovertemplate="%{hovertext}<extra></extra>",
         ), row=1, col=1,
     )  # fmt: skip
@@ -198,7 +199,7 @@ def tasks_figure(result: TaskCircuits) -> go.Figure:
                 marker={"color": colour, "size": 8}, hovertemplate="%{x:.3f} nats<extra>" + name + "</extra>",
             ), row=1, col=2,
         )  # fmt: skip
-    fig.update_xaxes(type="log", title_text="edges", row=1, col=1)
+    fig.update_xaxes(type="log", title_text="edges", dtick=1, row=1, col=1)
     fig.update_xaxes(title_text="nats more", zeroline=True, zerolinecolor=canvas.FAINT, row=1, col=2)
     fig.update_yaxes(automargin=True, tickfont={"size": 10})
     fig.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0.5})
@@ -215,3 +216,21 @@ def _row_words(row: Row) -> str:
 @definition.register
 def _(result: TaskCircuits) -> str:
     return result.definition
+
+
+@tables.register
+def tasks_tables(result: TaskCircuits) -> list[Table]:
+    """Every task: how well the model does it, its circuit, and what the circuit's loss costs."""
+    ranked = sorted(
+        result.rows.items(), key=lambda item: (item[1].edges is None, item[1].edges or 0, -item[1].accuracy)
+    )
+    rows = [row for _, row in ranked]
+    columns = {"task": [name for name, _ in ranked], "accuracy": [f"{row.accuracy:.3f}" for row in rows]}
+    for key, title in (("nodes", "nodes"), ("edges", "edges")):
+        columns[title] = [f"{getattr(row, key):,}" if getattr(row, key) is not None else "none" for row in rows]
+    for key, title in (
+        ("whole", "loss of the model"), ("held_out", "of the circuit"), ("without", "rise without it"),
+        ("random", "without as many others"),
+    ):  # fmt: skip
+        columns[title] = [f"{getattr(row, key):.3f}" if getattr(row, key) is not None else "" for row in rows]
+    return [Table("Tasks", columns)]

@@ -14,7 +14,7 @@ from saes.steering.language_steering import LanguageSteering
 from saes.steering.languages import LANGUAGES
 from saes.steering.search import LanguageLatents
 from workbench import canvas, sites
-from workbench.plots import definition, figure
+from workbench.plots import Table, definition, figure, tables
 from workbench.scores import head
 
 GREY = "rgba(128,128,128,{})"
@@ -158,6 +158,34 @@ def _effects(fig: go.Figure, result: LanguageSteering) -> None:
 @definition.register
 def _(result: LanguageSteering) -> str:
     return result.definition
+
+
+@tables.register
+def steering_tables(result: LanguageSteering) -> list[Table]:
+    """Verdicts by method, best first, and what some of them wrote on the same prompts."""
+    ranked = sorted(result.table.items(), key=lambda item: -(item[1].strict or 0.0))
+    columns: dict[str, list[str]] = {"method": [name for name, _ in ranked]}
+    for key, title in (
+        ("plain", "plain success"), ("strict", "strict success"), ("fidelity", "fidelity"), ("score", "score"),
+        ("repetition", "repeated"), ("bits", "bits per byte"),
+    ):  # fmt: skip
+        bounds = [getattr(one, f"{key}_interval", None) for _, one in ranked]
+        columns[title] = [
+            _number(getattr(one, key)) + (f" ({low:.2f} to {high:.2f})" if (low, high) != (0, 0) else "")
+            for (_, one), (low, high) in zip(ranked, (bound or (0, 0) for bound in bounds), strict=True)
+        ]
+    shown = [name for name in ("none", "latent", "DiffMean", "prompting") if name in result.examples]
+    texts = {name: [text for _, text in result.examples[name]] for name in shown}
+    prompts = [prompt for prompt, _ in next(iter(result.examples.values()), ())]
+    named = {"none": "unsteered"}
+    return [
+        Table("Test prompts", columns),
+        Table("Texts", {"prompt": prompts, **{named.get(name, name): some for name, some in texts.items()}}),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 @figure.register
