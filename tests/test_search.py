@@ -97,6 +97,11 @@ def test_statistics_are_means_over_the_models_own_activations(
     bare = (latents("Un jour")[-1] + latents("Pourquoi pas")[-1]) / 2
     assert torch.allclose(stats.bare[1], bare, atol=1e-5)
     assert stats.noise.shape == (64,) and 0 < float(stats.noise.mean()) < 1
+    search.prepare(tiny, store, [sae.hook, "blocks.2.hook_resid_post"], parallel)
+    before = store.stats().forward_passes
+    for hook in (sae.hook, "blocks.2.hook_resid_post"):
+        statistics(tiny, store, replace(sae, about={"hook_name": hook}), parallel)
+    assert store.stats().forward_passes == before
 
 
 def test_the_corpus_is_parallel_and_its_parts_apart() -> None:

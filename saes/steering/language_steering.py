@@ -28,7 +28,7 @@ from saes.sae import SAE
 from saes.steering import baselines
 from saes.steering.evaluate import Unsteered, Verdict, Written, judge, prompts, write
 from saes.steering.languages import LANGUAGES, check, identify
-from saes.steering.search import LanguageStats, best, corpus, scores, statistics
+from saes.steering.search import LanguageStats, best, corpus, prepare, scores, statistics
 from saes.steering.side_effects import Bits, side_effects
 from saes.steering.steer import Plan, Steered, Steering
 from workbench import parts
@@ -187,6 +187,7 @@ def language_steering(
             raise UserError(f"{sae} at {hook} is a transcoder, which does not write where it reads; give an SAE.")
         fit(model, store, one)
     parallel = corpus("search")
+    prepare(model, store, list(bases), parallel, seed)
     stats = {hook: statistics(model, store, one, parallel, seed) for hook, one in bases.items()}
     ids = own_tokens(model, parallel, target)
     chance = Writing(model, prompts("validation")[:n_validation], steps, temperature, seed, encoder)

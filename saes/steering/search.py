@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saes.latents import one_of
@@ -76,22 +76,40 @@ def statistics(
 ) -> LanguageStats:
     """From one pass over the sentences of each language; activations come from the store."""
     columns: dict[str, list[Tensor]] = {name: [] for name in ("last", "bare", "sentences", "rate", "fired")}
-    for sentences in parallel.values():
-        z = _latents(model, store, sae, [model.tokenize(text) for text in sentences])
-        bare = _latents(model, store, sae, [model.tokenize(text.rstrip(FINAL)) for text in sentences])
+    *sets, noise = _sets(model, parallel, seed)
+    for whole, without in zip(sets[::2], sets[1::2], strict=True):
+        z, bare = (_latents(model, store, sae, some) for some in (whole, without))
         columns["last"].append(torch.stack([one[-1] for one in z]).mean(0))
         columns["bare"].append(torch.stack([one[-1] for one in bare]).mean(0))
         columns["sentences"].append(torch.stack([one.mean(0) for one in z]))
         columns["rate"].append((torch.cat(z) > 0).float().mean(0))
         columns["fired"].append(torch.stack([(one > 0).any(0) for one in z]).float().mean(0))
-    generator = torch.Generator().manual_seed(seed)
-    start = model.tokenize("")
-    noise = [torch.cat([start, torch.randint(model.config.d_vocab, (20,), generator=generator)]) for _ in range(RANDOM)]
     found = _latents(model, store, sae, noise)
     return LanguageStats(
         sae.hook, tuple(parallel), **{name: torch.stack(rows) for name, rows in columns.items()},
         noise=torch.stack([(one > 0).any(0) for one in found]).float().mean(0),
     )  # fmt: skip
+
+
+def prepare(
+    model: LanguageModel, store: ActivationStore, hooks: Sequence[str], parallel: dict[str, list[str]], seed: int = 0
+) -> None:
+    """Put into the store what `statistics` of several SAEs will ask for one after the other: one pass for all."""
+    for some in _sets(model, parallel, seed):
+        store.get(model, some, hooks)
+
+
+def _sets(model: LanguageModel, parallel: dict[str, list[str]], seed: int) -> list[list[Int[Tensor, " pos"]]]:
+    """Tokens of each language's sentences, whole and without final punctuation; last, sequences of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    start = model.tokenize("")
+    noise = [torch.cat([start, torch.randint(model.config.d_vocab, (20,), generator=generator)]) for _ in range(RANDOM)]
+    sets = [
+        [model.tokenize(text.rstrip(end)) for text in sentences]
+        for sentences in parallel.values()
+        for end in ("", FINAL)
+    ]
+    return [*sets, noise]
 
 
 def _latents(
