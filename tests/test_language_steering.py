@@ -71,18 +71,19 @@ def test_mass_is_that_of_the_softmax_and_the_planted_latent_has_all_of_it(french
     for text in tried.writing.given:
         x = french.run(french.tokenize(text)[None], capture=[HOOK], logits="none")[HOOK][0, -1]
         by_hand.append(float(french.unembed(x + 20 * direction()).softmax(-1)[tried.ids].sum()))
-    assert tried.mass(strong) == pytest.approx(sum(by_hand) / 6, abs=1e-5)
-    assert tried.mass(strong) > 0.9
-    none = tried.mass(strong.at(0.0))
+    early = Steering("blocks.0.hook_resid_post", 2.0, direction=direction())
     controls = [Steering(HOOK, 20.0, sae=sae, latent=other) for other in (3, 20)]
-    assert max(map(tried.mass, controls)) < none + 0.2 < 0.7
+    strong_one, early_one, none, *others = tried.masses([strong, early, strong.at(0.0), *controls])
+    assert strong_one == pytest.approx(sum(by_hand) / 6, abs=1e-5) and strong_one > 0.9
+    assert early_one == pytest.approx(tried.masses([early])[0], abs=1e-6) and abs(early_one - none) > 1e-4
+    assert max(others) < none + 0.2 < 0.7
 
 
 def test_the_sweep_writes_with_the_least_strength_that_does(french: LanguageModel, planted: Path) -> None:
     sae, tried = SAE.load(planted), sweep(french)
     steps = [Steering(HOOK, s, sae=sae, latent=i) for i in (3, PLANTED) for s in (1.0, 5.0, 20.0, 40.0)]
     cells = tried.run("latent", steps, 2).cells
-    assert [cell.mass for cell in cells] == pytest.approx([tried.mass(one) for one in steps])
+    assert [cell.mass for cell in cells] == pytest.approx([tried.masses([one])[0] for one in steps], abs=1e-6)
     written = [cell for cell in cells if cell.verdict is not None]
     assert len(written) == 2 and {cell.latent for cell in written} == {3, PLANTED}
     (mine,) = (cell for cell in written if cell.latent == PLANTED)

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saes.evaluate import by_length
 from saes.pretrained import fit, load
 from saes.sae import SAE
 from saes.steering import baselines
@@ -39,6 +40,7 @@ from workbench.registry import analysis
 
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # of latents; baselines: 0.5 to 2
 RANKINGS = ("difference", "monolinguality", "langfir")
+AT_ONCE = 1024  # tokens
 MOST = 0.9  # of the mass that a latent can have
 OWN = 0.9  # share of a token's occurrences in one language from which it counts as that language's
 
@@ -331,7 +333,7 @@ class Sweep:
         """written: how many are written with. Of each layer and latent first the least strength that has most of what
         mass it can have, then those around it; layers and latents in turn, so that none takes all the places, the best
         latent of every layer before any other."""
-        masses = [self.mass(one) for one in tried]
+        masses = self.masses(tried)
         groups: dict[tuple[str, int | None], list[int]] = {}
         for i, one in enumerate(tried):
             groups.setdefault((one.hook, one.latent), []).append(i)
@@ -353,17 +355,20 @@ class Sweep:
             )
         )
 
-    def mass(self, one: Steering) -> float:
-        """Probability of the next token on tokens of the target language, mean over prompts."""
-        model, total = self.writing.model, 0.0
+    def masses(self, tried: Sequence[Steering]) -> list[float]:
+        """Of each way to steer the probability of the next token on tokens of the target language, mean over prompts.
+        Prompts of one length and ways at one hook point run together."""
+        model, totals = self.writing.model, torch.zeros(len(tried))
         sequences = [model.tokenize(text) for text in self.writing.given]
-        for length in sorted({len(row) for row in sequences}):
-            rows = torch.stack([row for row in sequences if len(row) == length])
-            edit = Steered.of([one] * len(rows), length)
-            logits = model.run(rows, edit={one.hook: edit}, logits="last").logits
-            assert logits is not None
-            total += float(self._share(logits[:, -1]).sum())
-        return total / len(sequences)
+        for rows in by_length(sequences, AT_ONCE):
+            for hook in dict.fromkeys(one.hook for one in tried):
+                mine = torch.tensor([i for i, one in enumerate(tried) if one.hook == hook])
+                for some in mine.split(max(1, AT_ONCE // rows.numel())):
+                    edit = Steered.of([tried[int(i)] for i in some for _ in rows], rows.shape[1])
+                    logits = model.run(rows.repeat(len(some), 1), edit={hook: edit}, logits="last").logits
+                    assert logits is not None
+                    totals[some] += self._share(logits[:, -1]).view(len(some), len(rows)).sum(1).cpu()
+        return (totals / len(sequences)).tolist()
 
     def _share(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
         return logits.float().softmax(-1)[:, self.ids.to(logits.device)].sum(-1)
