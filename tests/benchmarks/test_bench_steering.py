@@ -25,7 +25,7 @@ from workbench import runs, settings
 GEMMA = "gemma-3-270m"
 TARGETS = ("fr", "es", "zh", "ja", "de", "it", "ru")
 KEYS = ("plain", "strict", "fidelity", "score", "repetition", "bits")
-SIZE: dict[str, Any] = {"n_validation": 30, "n_test": 60, "n_effects": 30, "steps": 32}
+SIZE: dict[str, Any] = {"n_validation": 30, "n_test": 60, "n_effects": 30, "steps": 32, "top": 2}
 SMALL: dict[str, Any] = {"n_validation": 4, "n_test": 4, "n_effects": 4, "written": 6, "steps": 8}
 
 
