@@ -32,8 +32,9 @@ from saes.steering.languages import LANGUAGES, check, identify
 from saes.steering.search import LanguageStats, best, corpus, prepare, scores, statistics
 from saes.steering.side_effects import Bits, side_effects
 from saes.steering.steer import Plan, Steered, Steering
-from workbench import parts
+from workbench import parts, sites
 from workbench.activations import ActivationStore
+from workbench.backend import Resume
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.registry import analysis
@@ -357,18 +358,31 @@ class Sweep:
 
     def masses(self, tried: Sequence[Steering]) -> list[float]:
         """Of each way to steer the probability of the next token on tokens of the target language, mean over prompts.
-        Prompts of one length and ways at one hook point run together."""
+        Prompts of one length and ways at one hook point run together, from that point on."""
         model, totals = self.writing.model, torch.zeros(len(tried))
         sequences = [model.tokenize(text) for text in self.writing.given]
         for rows in by_length(sequences, AT_ONCE):
             for hook in dict.fromkeys(one.hook for one in tried):
+                plain = model.run(rows, capture=[hook], logits="none")[hook]
                 mine = torch.tensor([i for i, one in enumerate(tried) if one.hook == hook])
                 for some in mine.split(max(1, AT_ONCE // rows.numel())):
                     edit = Steered.of([tried[int(i)] for i in some for _ in rows], rows.shape[1])
-                    logits = model.run(rows.repeat(len(some), 1), edit={hook: edit}, logits="last").logits
-                    assert logits is not None
+                    logits = self._from(hook, rows.repeat(len(some), 1), edit, plain)
                     totals[some] += self._share(logits[:, -1]).view(len(some), len(rows)).sum(1).cpu()
         return (totals / len(sequences)).tolist()
+
+    def _from(
+        self, hook: str, rows: Int[Tensor, "row pos"], edit: Steered, plain: Float[Tensor, "prompt pos d"]
+    ) -> Float[Tensor, "row one vocab"]:
+        """Logits after the last token; plain: what the hook point has unsteered, on each prompt once."""
+        model, (layer, name) = self.writing.model, sites.split(hook)
+        if name == "hook_resid_post" and layer is not None and layer + 1 < model.config.n_layers:
+            start = Resume(layer + 1, edit(plain.repeat(len(rows) // len(plain), 1, 1)))
+            logits = model.run(rows, start=start, logits="last").logits
+        else:
+            logits = model.run(rows, edit={hook: edit}, logits="last").logits
+        assert logits is not None
+        return logits
 
     def _share(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
         return logits.float().softmax(-1)[:, self.ids.to(logits.device)].sum(-1)
