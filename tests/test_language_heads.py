@@ -12,7 +12,7 @@ from saes.sae import SAE
 from saes.steering.evaluate import prompts
 from saes.steering.heads import parts, readers
 from saes.steering.language_steering import own_tokens
-from saes.steering.search import corpus
+from saes.steering.parallel import corpus
 from saes.steering.steer import Steering
 from tests.conftest import CONFIGS
 from workbench import runs

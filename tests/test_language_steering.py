@@ -18,7 +18,7 @@ from saes.steering import baselines, language_steering
 from saes.steering.evaluate import Unsteered, Written, bits, glance, judge, prompts, write
 from saes.steering.language_steering import Sweep, Writing, own_tokens
 from saes.steering.languages import LANGUAGES
-from saes.steering.search import corpus
+from saes.steering.parallel import corpus
 from saes.steering.side_effects import bits_of_text, side_effects
 from saes.steering.steer import Steering
 from workbench import runs, texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from saes.sae import SAE
-from saes.steering import search
+from saes.steering import parallel, search
 from saes.steering.search import SCORES, LanguageStats, auroc, scores, statistics, vanished
 from workbench import runs
 from workbench.activations import ActivationStore
@@ -81,14 +82,14 @@ def test_statistics_are_means_over_the_models_own_activations(
     tiny: LanguageModel, store: ActivationStore, tiny_sae: Path
 ) -> None:
     sae = SAE.load(tiny_sae)
-    parallel = {"en": ["One day.", "Why not?"], "fr": ["Un jour.", "Pourquoi pas ?"]}
-    stats = statistics(tiny, store, sae, parallel)
+    rows = {"en": ["One day.", "Why not?"], "fr": ["Un jour.", "Pourquoi pas ?"]}
+    stats = statistics(tiny, store, sae, rows)
 
     def latents(text: str) -> Tensor:
         x = tiny.run(tiny.tokenize(text)[None], capture=[sae.hook], logits="none")[sae.hook][0]
         return sae.encode(x)[1:]
 
-    for i, texts in enumerate(parallel.values()):
+    for i, texts in enumerate(rows.values()):
         z = [latents(text) for text in texts]
         assert torch.allclose(stats.last[i], (z[0][-1] + z[1][-1]) / 2, atol=1e-5)
         assert torch.allclose(stats.sentences[i, 1], z[1].mean(0), atol=1e-5)
@@ -97,15 +98,15 @@ def test_statistics_are_means_over_the_models_own_activations(
     bare = (latents("Un jour")[-1] + latents("Pourquoi pas")[-1]) / 2
     assert torch.allclose(stats.bare[1], bare, atol=1e-5)
     assert stats.noise.shape == (64,) and 0 < float(stats.noise.mean()) < 1
-    search.prepare(tiny, store, [sae.hook, "blocks.2.hook_resid_post"], parallel)
+    search.prepare(tiny, store, [sae.hook, "blocks.2.hook_resid_post"], rows)
     before = store.stats().forward_passes
     for hook in (sae.hook, "blocks.2.hook_resid_post"):
-        statistics(tiny, store, replace(sae, about={"hook_name": hook}), parallel)
+        statistics(tiny, store, replace(sae, about={"hook_name": hook}), rows)
     assert store.stats().forward_passes == before
 
 
 def test_the_corpus_is_parallel_and_its_parts_apart() -> None:
-    parts = [search.corpus(part) for part in ("search", "validation", "test")]
+    parts = [parallel.corpus(part) for part in ("search", "validation", "test")]
     assert [len(part["en"]) for part in parts] == [210, 60, 90]
     assert not set(parts[0]["ja"]) & set(parts[2]["ja"])
 
@@ -125,3 +126,69 @@ def test_a_run(tiny: LanguageModel, tiny_sae: Path) -> None:
 def test_impossible_targets_are_sentences(given: tuple[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         scores(planted(), *given)
+
+
+# ---- parallel text of one's own ----
+
+ROWS = [
+    ("One day.", "Un jour.", "Eines Tages."),
+    ("Why not?", "Pourquoi pas ?", "Warum nicht?"),
+    ("Yes.", "Oui.", "Ja."),
+]
+
+
+def written(folder: Path, kind: str) -> Path:
+    """The same three rows in each format that is read."""
+    names = ("en", "fr", "de")
+    if kind == "flores":
+        (folder / "flores").mkdir()
+        for i, code in enumerate(("eng_Latn", "fra_Latn", "deu_Latn", "wol_Latn")):
+            (folder / "flores" / f"{code}.dev").write_text("\n".join(row[i % 3] for row in ROWS))
+        return folder / "flores"
+    path = folder / {"jsonl": "rows.jsonl", "tsv": "rows.tsv", "tatoeba": "fra.txt"}[kind]
+    lines = {
+        "jsonl": [json.dumps({"id": 3, **dict(zip(names, row, strict=True))}) for row in ROWS],
+        "tsv": ["\t".join(("topic", *names)), *("\t".join(("day", *row)) for row in ROWS)],
+        "tatoeba": ["\t".join((*row[:2], "CC-BY 2.0 (France) ...")) for row in ROWS],
+    }[kind]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["flores", "jsonl", "tsv", "tatoeba"])
+def test_parallel_text_is_read_in_each_format(kind: str, tmp_path: Path) -> None:
+    found = parallel.sentences(str(written(tmp_path, kind)))
+    expected = {"en": [row[0] for row in ROWS], "fr": [row[1] for row in ROWS], "de": [row[2] for row in ROWS]}
+    assert found == {name: expected[name] for name in (("en", "fr") if kind == "tatoeba" else ("en", "fr", "de"))}
+
+
+def test_latents_of_a_language_from_ones_own_sentences(tiny: LanguageModel, tiny_sae: Path, tmp_path: Path) -> None:
+    path = str(written(tmp_path, "tatoeba"))
+    run = runs.run("language-latents", model=tiny, sae=str(tiny_sae), targets="fr", text=path)
+    assert "3 parallel sentences in 2 languages" in run.result.definition
+    (tmp_path / "fra.txt").write_text("A day.\tUn jour.\nNo.\tNon.\n")
+    again = runs.run("language-latents", model=tiny, sae=str(tiny_sae), targets="fr", text=path)
+    assert again.id != run.id  # what is in the file is part of the key
+    with pytest.raises(UserError, match="no sentences in ru"):
+        runs.run("language-latents", model=tiny, sae=str(tiny_sae), targets="ru", text=path)
+    with pytest.raises(UserError, match="has no sentences in de; it has en, fr"):
+        runs.run("language-steering", model=tiny, sae=str(tiny_sae), target="de", text=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", '{"en": "a"}', "two languages are needed"),
+        ("rows.jsonl", "{", "cannot be read as parallel text"),
+        ("rows.tsv", "en\tfr\na\t\n", "has 0 rows with a sentence in each"),
+        ("klingon.txt", "a\tb", "its name no language"),
+        ("missing.jsonl", None, "cannot be read as parallel text"),
+    ],
+)
+def test_parallel_text_that_is_none_is_a_sentence(name: str, content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        parallel.sentences(str(tmp_path / name))
+    with pytest.raises(UserError, match="no parallel text"):
+        parallel.sentences("paralel")

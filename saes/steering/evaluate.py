@@ -57,13 +57,16 @@ def write(
     steps: int,
     *,
     temperature: float = 0.5,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> list[Written]:
     """A text for every plan and prompt. Prompts of one length and all plans run together.
+
+    seed  of all plans, or one for each
 
     Raises UserError for an empty prompt.
     """
     sequences = [model.tokenize(text) for text in given]
+    chances = [seed] * len(plans) if isinstance(seed, int) else seed
     found: dict[tuple[int, int], tuple[str, tuple[int, ...], int]] = {}
     for length in sorted({len(one) for one in sequences}):
         cells = [(p, i) for p in range(len(plans)) for i, one in enumerate(sequences) if len(one) == length]
@@ -71,7 +74,7 @@ def write(
             some = cells[start : start + ROWS]
             made = steer(
                 model, torch.stack([sequences[i] for _, i in some]), steps, [plans[p] for p, _ in some],
-                temperature=temperature, seeds=[seed * 100_003 + i for _, i in some],
+                temperature=temperature, seeds=[chances[p] * 100_003 + i for p, i in some],
             )  # fmt: skip
             for cell, text, row, applied in zip(some, made.texts, made.generated.tokens, made.applied, strict=True):
                 found[cell] = (text, _until(row.tolist(), model.end_tokens), applied)
@@ -129,9 +132,7 @@ class Unsteered:
         cls, model: LanguageModel, given: Sequence[str], steps: int, *, temperature: float = 0.5, seed: int = 0,
         encoder: str = "e5",
     ) -> Unsteered:  # fmt: skip
-        first, second = (
-            write(model, given, [None], steps, temperature=temperature, seed=number)[0] for number in (seed, seed + 1)
-        )
+        first, second = write(model, given, [None, None], steps, temperature=temperature, seed=(seed, seed + 1))
         return cls(first, second, encoder)
 
     def ceiling(self) -> tuple[float, float]:

@@ -29,7 +29,8 @@ from saes.pretrained import fit, load
 from saes.steering.evaluate import prompts
 from saes.steering.language_steering import own_tokens, way
 from saes.steering.languages import check
-from saes.steering.search import corpus, statistics
+from saes.steering.parallel import OWN, corpus, sentences
+from saes.steering.search import statistics
 from saes.steering.steer import Steered, Steering
 from workbench import scores, sites
 from workbench.activations import ActivationStore
@@ -99,6 +100,7 @@ def language_heads(
     latent: int | None = None,
     target: str = "fr",
     source: str = "en",
+    text: str = OWN,
     strength: float = 1.0,
     n_prompts: int = 20,
 ) -> LanguageHeads:
@@ -109,6 +111,7 @@ def language_heads(
     latent    by number; none: the one of largest monolinguality
     target    language of the latent
     source    language of the prompts
+    text      parallel sentences for the writers, see `language-latents`
     strength  of steering, in measured differences
     n_prompts  validation prompts for the readers
     """
@@ -119,7 +122,7 @@ def language_heads(
     layer, name = sites.split(chosen.hook)
     if layer is None or name != "hook_resid_post":
         raise UserError(f"{chosen.hook} is no residual stream after a block, which alone is a sum of writes.")
-    parallel = corpus("search")
+    parallel = sentences(text)
     stats = statistics(model, store, chosen, parallel, seed)
     found = way(chosen, stats, target, source, latent)
     assert found.latent is not None

@@ -28,8 +28,9 @@ from saes.pretrained import fit, load
 from saes.sae import SAE
 from saes.steering import baselines
 from saes.steering.evaluate import Unsteered, Verdict, Written, judge, prompts, write
-from saes.steering.languages import LANGUAGES, check, identify
-from saes.steering.search import LanguageStats, best, corpus, prepare, scores, statistics
+from saes.steering.languages import check, identify
+from saes.steering.parallel import OWN, corpus, sentences
+from saes.steering.search import LanguageStats, best, prepare, scores, statistics
 from saes.steering.side_effects import Bits, side_effects
 from saes.steering.steer import Plan, Steered, Steering
 from workbench import parts, sites
@@ -43,7 +44,7 @@ STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # of latents; baselines: 0.5 to 2
 RANKINGS = ("difference", "monolinguality", "langfir")
 AT_ONCE = 1024  # tokens
 MOST = 0.9  # of the mass that a latent can have
-OWN = 0.9  # share of a token's occurrences in one language from which it counts as that language's
+OWNED = 0.9  # share of a token's occurrences in one language from which it counts as that language's
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ def language_steering(
     sae: str = "",
     target: str = "fr",
     source: str = "en",
+    text: str = OWN,
     top: int = 3,
     written: int = 12,
     steps: int = 40,
@@ -173,6 +175,7 @@ def language_steering(
     sae           a name, a run or a folder; all its SAEs are searched
     target        language to steer to
     source        language of the prompts
+    text          parallel sentences for the search, see `language-latents`
     top           latents of each ranking and SAE that are tried
     written       cells of the sweep whose texts are written and judged
     steps         new tokens
@@ -182,14 +185,8 @@ def language_steering(
     n_effects     sentences in each language for the side effects
     encoder       of sentences, for similarity: e5, labse (from the model hub), or a folder
     """
-    if check(target) == check(source):
-        raise UserError(f"the target and the source are both {target}; steer towards another language.")
-    bases = load(sae)
-    for hook, one in bases.items():
-        if one.transcoder:
-            raise UserError(f"{sae} at {hook} is a transcoder, which does not write where it reads; give an SAE.")
-        fit(model, store, one)
-    parallel = corpus("search")
+    parallel = _parallel(text, target, source)
+    bases = _bases(model, store, sae)
     prepare(model, store, list(bases), parallel, seed)
     stats = {hook: statistics(model, store, one, parallel, seed) for hook, one in bases.items()}
     ids = own_tokens(model, parallel, target)
@@ -202,7 +199,9 @@ def language_steering(
     chosen = cells.best(tried)
     plain = {
         name: [step.at(s) for step in some for s in (0.5, 1.0, 1.5, 2.0)]
-        for name, some in _baselines(model, store, bases, stats, target, source).items()
+        for name, some in _baselines(
+            model, store, bases, stats, parallel[target], parallel[source], (target, source)
+        ).items()
     }
     found = {
         name: parts.once(f"baseline-{name}", Cells, lambda name=name, some=some: sweep.run(name, some, written // 2))  # type: ignore[misc]
@@ -211,9 +210,9 @@ def language_steering(
     plans: dict[str, Plan] = {"latent": chosen, **{name: found[name].best(plain[name]) for name in plain}}
     neurons = baselines.lape(model, parallel, target, source)
     plans |= {"LAPE": neurons} if neurons else {}
-    other = next(name for name in LANGUAGES if name not in (target, source))
-    wrong = candidates(bases[chosen.hook], stats[chosen.hook], other, source, 1)[0]
-    plans |= baselines.controls(chosen, stats[chosen.hook], wrong, seed)
+    others = [name for name in parallel if name not in (target, source)]
+    wrong = [candidates(bases[chosen.hook], stats[chosen.hook], name, source, 1)[0] for name in others[:1]]
+    plans |= baselines.controls(chosen, stats[chosen.hook], wrong[0] if wrong else None, seed)
     test = replace(chance, given=prompts("test")[:n_test])
     table, examples = test.report(plans, target)
     assert chosen.latent is not None
@@ -228,6 +227,25 @@ def language_steering(
         f"{steps} new tokens at temperature {temperature:g} after {len(test.given)} test prompts, chosen on "
         f"{len(chance.given)} others; similarity by {encoder}",
     )  # fmt: skip
+
+
+def _parallel(text: str, target: str, source: str) -> dict[str, list[str]]:
+    if check(target) == check(source):
+        raise UserError(f"the target and the source are both {target}; steer towards another language.")
+    found = sentences(text)
+    for language in (target, source):
+        if language not in found:
+            raise UserError(f"{text} has no sentences in {language}; it has {', '.join(found)}.")
+    return found
+
+
+def _bases(model: LanguageModel, store: ActivationStore, sae: str) -> dict[str, SAE]:
+    found = load(sae)
+    for hook, one in found.items():
+        if one.transcoder:
+            raise UserError(f"{sae} at {hook} is a transcoder, which does not write where it reads; give an SAE.")
+        fit(model, store, one)
+    return found
 
 
 # ---- choosing ----
@@ -257,7 +275,7 @@ def own_tokens(model: LanguageModel, parallel: Mapping[str, Sequence[str]], targ
     total: Counter[int] = Counter()
     for some in counts.values():
         total.update(some)
-    ids = [i for i, n in counts[target].items() if n / total[i] >= OWN]
+    ids = [i for i, n in counts[target].items() if n / total[i] >= OWNED]
     if not ids:
         raise UserError(f"no token of {model.name} is {target}'s own in the sentences; it cannot write the language.")
     return torch.tensor(sorted(ids))
@@ -265,14 +283,13 @@ def own_tokens(model: LanguageModel, parallel: Mapping[str, Sequence[str]], targ
 
 def _baselines(
     model: LanguageModel, store: ActivationStore, bases: Mapping[str, SAE], stats: Mapping[str, LanguageStats],
-    target: str, source: str,
+    ours: Sequence[str], theirs: Sequence[str], languages: tuple[str, str],
 ) -> dict[str, list[Steering]]:  # fmt: skip
     """By name, one for each hook point."""
     found: dict[str, list[Steering]] = {}
-    parallel = corpus("search", [target, source])
     for hook, sae in bases.items():
-        some = baselines.directions(model, store, hook, parallel[target], parallel[source])
-        some["three latents"] = baselines.several(sae, stats[hook], target, source)
+        some = baselines.directions(model, store, hook, ours, theirs)
+        some["three latents"] = baselines.several(sae, stats[hook], *languages)
         for name, one in some.items():
             found.setdefault(name, []).append(one)
     return found

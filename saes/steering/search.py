@@ -19,10 +19,9 @@ English one scores high and writes no Chinese. So `bare` is the same on sentence
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -31,8 +30,8 @@ from torch import Tensor
 from saes.latents import one_of
 from saes.pretrained import fit, load
 from saes.sae import SAE
-from saes.steering.languages import LANGUAGES, check
-from workbench import texts
+from saes.steering.languages import check
+from saes.steering.parallel import OWN, sentences
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
@@ -42,13 +41,6 @@ SCORES = ("difference", "monolinguality", "effect", "auroc", "lape", "langfir")
 FINAL = " \u00a0\u202f.!?…。！？»”“\"’'」』)）》"
 ACTIVE_IN, ACTIVE_ON_NOISE = 0.5, 0.1  # of langfir: share of sentences at least, of random sequences at most
 RANDOM = 100  # sequences of random tokens
-Split = Literal["search", "validation", "test"]
-
-
-def corpus(split: Split, languages: Sequence[str] = tuple(LANGUAGES)) -> dict[str, list[str]]:
-    """Our parallel sentences, by language, in the same order."""
-    rows = [json.loads(line) for line in texts.PARALLEL.read_text(encoding="utf-8").splitlines()]
-    return {check(language): [row[language] for row in rows if row["split"] == split] for language in languages}
 
 
 @dataclass(frozen=True)
@@ -216,19 +208,21 @@ def language_latents(
     hook: str = "",
     targets: str = "fr,es,de,it,pt,ja,zh,ru",
     source: str = "en",
+    text: str = OWN,
     k: int = 10,
 ) -> LanguageLatents:
-    """Latents of an SAE that belong to a language, by six scores, from 210 parallel sentences in nine languages.
+    """Latents of an SAE that belong to a language, by six scores, from parallel sentences.
 
     sae      a name, a run or a folder
     hook     which of its SAEs, if there are several
     targets  languages, separated by commas
     source   the language that is steered away from
+    text     parallel: 210 sentences in nine languages; or a file or folder, see `saes.steering.parallel`
     k        top latents that are compared
     """
     chosen = one_of(load(sae), hook, sae)
     fit(model, store, chosen)
-    stats = statistics(model, store, chosen, corpus("search"), seed)
+    stats = statistics(model, store, chosen, sentences(text), seed)
     names = [check(one.strip()) for one in targets.split(",")]
     found = {name: scores(stats, name, source) for name in names}
     tops = {
