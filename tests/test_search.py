@@ -173,6 +173,8 @@ def test_latents_of_a_language_from_ones_own_sentences(tiny: LanguageModel, tiny
         runs.run("language-latents", model=tiny, sae=str(tiny_sae), targets="ru", text=path)
     with pytest.raises(UserError, match="has no sentences in de; it has en, fr"):
         runs.run("language-steering", model=tiny, sae=str(tiny_sae), target="de", text=path)
+    with pytest.raises(UserError, match="has no sentences in de; it has en, fr"):
+        runs.run("language-heads", model=tiny, sae=str(tiny_sae), target="de", text=path)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,7 @@ from saes.latents import one_of
 from saes.pretrained import fit, load
 from saes.steering.evaluate import prompts
 from saes.steering.language_steering import own_tokens, way
-from saes.steering.languages import check
-from saes.steering.parallel import OWN, corpus, sentences
+from saes.steering.parallel import OWN, both_in, corpus
 from saes.steering.search import statistics
 from saes.steering.steer import Steered, Steering
 from workbench import scores, sites
@@ -115,14 +114,12 @@ def language_heads(
     strength  of steering, in measured differences
     n_prompts  validation prompts for the readers
     """
-    if check(target) == check(source):
-        raise UserError(f"the target and the source are both {target}; name another language.")
+    parallel = both_in(text, target, source)
     chosen = one_of(load(sae), hook, sae)
     fit(model, store, chosen)
     layer, name = sites.split(chosen.hook)
     if layer is None or name != "hook_resid_post":
         raise UserError(f"{chosen.hook} is no residual stream after a block, which alone is a sum of writes.")
-    parallel = sentences(text)
     stats = statistics(model, store, chosen, parallel, seed)
     found = way(chosen, stats, target, source, latent)
     assert found.latent is not None

@@ -28,8 +28,8 @@ from saes.pretrained import fit, load
 from saes.sae import SAE
 from saes.steering import baselines
 from saes.steering.evaluate import Unsteered, Verdict, Written, judge, prompts, write
-from saes.steering.languages import check, identify
-from saes.steering.parallel import OWN, corpus, sentences
+from saes.steering.languages import identify
+from saes.steering.parallel import OWN, both_in, corpus
 from saes.steering.search import LanguageStats, best, prepare, scores, statistics
 from saes.steering.side_effects import Bits, side_effects
 from saes.steering.steer import Plan, Steered, Steering
@@ -185,7 +185,7 @@ def language_steering(
     n_effects     sentences in each language for the side effects
     encoder       of sentences, for similarity: e5, labse (from the model hub), or a folder
     """
-    parallel = _parallel(text, target, source)
+    parallel = both_in(text, target, source)
     bases = _bases(model, store, sae)
     prepare(model, store, list(bases), parallel, seed)
     stats = {hook: statistics(model, store, one, parallel, seed) for hook, one in bases.items()}
@@ -227,16 +227,6 @@ def language_steering(
         f"{steps} new tokens at temperature {temperature:g} after {len(test.given)} test prompts, chosen on "
         f"{len(chance.given)} others; similarity by {encoder}",
     )  # fmt: skip
-
-
-def _parallel(text: str, target: str, source: str) -> dict[str, list[str]]:
-    if check(target) == check(source):
-        raise UserError(f"the target and the source are both {target}; steer towards another language.")
-    found = sentences(text)
-    for language in (target, source):
-        if language not in found:
-            raise UserError(f"{text} has no sentences in {language}; it has {', '.join(found)}.")
-    return found
 
 
 def _bases(model: LanguageModel, store: ActivationStore, sae: str) -> dict[str, SAE]:

@@ -62,6 +62,17 @@ def sentences(source: str = OWN) -> dict[str, list[str]]:
     return dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
 
 
+def both_in(source: str, target: str, other: str) -> dict[str, list[str]]:
+    """The same, of a source that has both languages. Raises UserError also if they are one."""
+    if check(target) == check(other):
+        raise UserError(f"the target and the source are both {target}; name another language.")
+    found = sentences(source)
+    for language in (target, other):
+        if language not in found:
+            raise UserError(f"{source} has no sentences in {language}; it has {', '.join(found)}.")
+    return found
+
+
 def _folder(path: Path) -> dict[str, list[str]]:
     found = {CODES.get(one.name.partition("_")[0]): one for one in sorted(path.glob("*_*.*"))}
     return _ordered({name: _lines(one) for name, one in found.items() if name is not None})
