@@ -16,7 +16,7 @@ from torch import Tensor
 from saes.sae import SAE
 from saes.steering import baselines, language_steering
 from saes.steering.evaluate import Unsteered, Written, bits, glance, judge, prompts, write
-from saes.steering.language_steering import Sweep, Writing, own_tokens
+from saes.steering.language_steering import Sweep, Writing, as_long, candidates, own_tokens
 from saes.steering.languages import LANGUAGES
 from saes.steering.parallel import corpus
 from saes.steering.side_effects import bits_of_text, side_effects
@@ -159,6 +159,27 @@ def test_the_sweep_writes_with_the_best_of_every_layer_first(french: LanguageMod
     assert masses[0] > masses[1] > 0.7 > max(masses[2:])
     assert [cell.verdict is not None for cell in cells[:2]] == [True, False]
     assert sum(cell.verdict is not None for cell in cells[2:]) == 1
+
+
+def test_candidates_are_tried_as_long_as_the_mean_difference_and_the_best_of_each_layer_kept(
+    french: LanguageModel, store: ActivationStore, planted: Path
+) -> None:
+    sae, some = SAE.load(planted), {name: rows[:12] for name, rows in corpus("search", ["en", "fr", "ru"]).items()}
+    stats = language_steering.statistics(french, store, sae, some)
+    length = baselines.directions(french, store, HOOK, some["fr"], some["en"])["DiffMean"].unit
+    found = [as_long(one, length) for one in candidates(sae, stats, "fr", "en", 5)]
+    assert len({one.latent for one in found}) == len(found) >= 5
+    for one in found:
+        assert float(one.change(torch.zeros(1, 32), torch.ones(1, 1)).norm()) == pytest.approx(length, rel=1e-4)
+    early = [replace(one, hook="blocks.0.hook_resid_post") for one in found[:3]]
+    tried = [*found, *early]
+    masses = sweep(french).masses(tried)
+    kept = sweep(french).look("latent", tried).most(tried, 2)
+    assert [one.hook for one in kept] == [HOOK, HOOK, early[0].hook, early[0].hook]
+    assert kept[0] is tried[masses.index(max(masses[: len(found)]))]
+    empty = replace(stats, sentences=torch.zeros_like(stats.sentences))
+    with pytest.raises(UserError, match="no latent of the SAE"):
+        candidates(sae, empty, "fr", "en", 5)
 
 
 # ---- side effects ----

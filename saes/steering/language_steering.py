@@ -1,9 +1,9 @@
 """`wb run language-steering`: find the latent that makes a model go on in another language, choose how to steer with it
 on validation prompts, and say on test prompts what it and every alternative do.
 
-1. Latents are scored on parallel sentences (`search`), and the best few of each SAE are tried at several strengths, a
-   multiple of the difference that was measured between the languages. How much of the next token's probability comes to
-   lie on tokens of the target language tells quickly which are worth writing with.
+1. Latents are scored on parallel sentences (`search`), and the best of each SAE are tried as long as the difference of
+   the languages' means is at that layer: how much of the next token's probability then lies on tokens of the target
+   language tells which of them write it at all. Those with most, a few of each SAE, are tried at several lengths.
 2. On validation prompts the most promising write texts. The recipe is the one with the most texts that succeed
    strictly, of equal ones that of best score.
 3. The baselines get the same: every layer, their own strengths, chosen on validation prompts. Controls are as long as
@@ -40,7 +40,7 @@ from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.registry import analysis
 
-STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # of latents; baselines: 0.5 to 2
+LENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of latents, in lengths of the mean difference; baselines: 0.5 to 2
 RANKINGS = ("difference", "monolinguality", "langfir")
 AT_ONCE = 1024  # tokens
 MOST = 0.9  # of the mass that a latent can have
@@ -161,7 +161,8 @@ def language_steering(
     target: str = "fr",
     source: str = "en",
     text: str = OWN,
-    top: int = 3,
+    top: int = 8,
+    kept: int = 3,
     written: int = 12,
     steps: int = 40,
     temperature: float = 0.5,
@@ -176,7 +177,8 @@ def language_steering(
     target        language to steer to
     source        language of the prompts
     text          parallel sentences for the search, see `language-latents`
-    top           latents of each ranking and SAE that are tried
+    top           latents of each ranking and SAE that are tried at one length
+    kept          latents of each SAE that are tried at every length
     written       cells of the sweep whose texts are written and judged
     steps         new tokens
     temperature   of sampling
@@ -193,16 +195,18 @@ def language_steering(
     chance = Writing(model, prompts("validation")[:n_validation], steps, temperature, seed, encoder)
     sweep = Sweep(chance, target, ids, chance.unsteered())
 
-    latents = [one for hook in bases for one in candidates(bases[hook], stats[hook], target, source, top)]
-    tried = [one.at(strength) for one in latents for strength in STRENGTHS]
+    directions = _baselines(model, store, bases, stats, parallel[target], parallel[source], (target, source))
+    lengths = {one.hook: one.unit for one in directions["DiffMean"]}
+    latents = [
+        as_long(one, lengths[hook])
+        for hook in bases
+        for one in candidates(bases[hook], stats[hook], target, source, top)
+    ]
+    first = parts.once("search", Cells, lambda: sweep.look("latent", latents))
+    tried = [one.at(x * one.strength) for one in first.most(latents, kept) for x in LENGTHS]
     cells = parts.once("latents", Cells, lambda: sweep.run("latent", tried, written))
     chosen = cells.best(tried)
-    plain = {
-        name: [step.at(s) for step in some for s in (0.5, 1.0, 1.5, 2.0)]
-        for name, some in _baselines(
-            model, store, bases, stats, parallel[target], parallel[source], (target, source)
-        ).items()
-    }
+    plain = {name: [one.at(s) for one in some for s in (0.5, 1.0, 1.5, 2.0)] for name, some in directions.items()}
     found = {
         name: parts.once(f"baseline-{name}", Cells, lambda name=name, some=some: sweep.run(name, some, written // 2))  # type: ignore[misc]
         for name, some in plain.items()
@@ -222,7 +226,7 @@ def language_steering(
             model.name, sae, chosen.hook, chosen.latent, chosen.strength, chosen.unit, chosen.kind, chosen.scope,
             target, source,
         ),
-        cells.cells + tuple(cell for one in found.values() for cell in one.cells),
+        first.cells + cells.cells + tuple(cell for one in found.values() for cell in one.cells),
         table, examples, side_effects(model, chosen, read), detector(target), len(ids),
         f"{steps} new tokens at temperature {temperature:g} after {len(test.given)} test prompts, chosen on "
         f"{len(chance.given)} others; similarity by {encoder}",
@@ -243,10 +247,18 @@ def _bases(model: LanguageModel, store: ActivationStore, sae: str) -> dict[str, 
 
 def candidates(sae: SAE, stats: LanguageStats, target: str, source: str, top: int) -> list[Steering]:
     """The best latents of an SAE by several rankings, as ways to steer: unit is the difference of their means over
-    tokens between the two languages."""
+    tokens between the two languages. Those that have none there, but only at last tokens, are left out."""
     found = scores(stats, target, source)
     numbers = dict.fromkeys(latent for name in RANKINGS for latent, _ in best(found[name], name, top))
-    return [way(sae, stats, target, source, one) for one in numbers]
+    some = [one for latent in numbers if (one := way(sae, stats, target, source, latent)).unit]
+    if not some:
+        raise UserError(f"no latent of the SAE at {sae.hook} differs between {target} and {source}; train it on both.")
+    return some
+
+
+def as_long(one: Steering, length: float) -> Steering:
+    """The strength at which so much is added."""
+    return one.at(length / (abs(one.unit) * float(one.vector.norm())))
 
 
 def way(sae: SAE, stats: LanguageStats, target: str, source: str, latent: int | None = None) -> Steering:
@@ -293,6 +305,15 @@ class Cells:
 
     def best(self, tried: Sequence[Steering]) -> Steering:
         return tried[max(range(len(tried)), key=lambda i: _rank(self.cells[i]))]
+
+    def most(self, tried: Sequence[Steering], n: int) -> list[Steering]:
+        """Of each hook point the n with most mass."""
+        order = sorted(range(len(tried)), key=lambda i: -self.cells[i].mass)
+        return [
+            tried[i]
+            for hook in dict.fromkeys(one.hook for one in tried)
+            for i in [i for i in order if tried[i].hook == hook][:n]
+        ]
 
 
 @dataclass(frozen=True)
@@ -352,7 +373,7 @@ class Sweep:
             most = max(masses[i] for i in group)
             enough = next(place for place, i in enumerate(group) if masses[i] >= MOST * most)
             orders.append([group[place] for place in sorted(range(len(group)), key=lambda p: abs(p - enough))])
-        turns = [order[turn] for turn in range(len(STRENGTHS)) for order in orders if turn < len(order)]
+        turns = [order[turn] for turn in range(len(LENGTHS)) for order in orders if turn < len(order)]
         chosen = turns[:written]
         texts = self.writing.write([tried[i] for i in chosen])
         seen = {i: judge(text, self.target, self.beside) for i, text in zip(chosen, texts, strict=True)}
@@ -361,6 +382,13 @@ class Sweep:
                 Cell(method, one.hook, one.latent, one.strength, mass, seen.get(i))
                 for i, (one, mass) in enumerate(zip(tried, masses, strict=True))
             )
+        )
+
+    def look(self, method: str, tried: Sequence[Steering]) -> Cells:
+        """The masses alone."""
+        masses = self.masses(tried)
+        return Cells(
+            tuple(Cell(method, one.hook, one.latent, one.strength, x) for one, x in zip(tried, masses, strict=True))
         )
 
     def masses(self, tried: Sequence[Steering]) -> list[float]:
