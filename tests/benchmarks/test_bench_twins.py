@@ -34,9 +34,6 @@ PRESET, TOKENS = "small", 8_000_000
 FIRST = 5_250_000  # tokens of the first dense twin that is tried
 ARMS: dict[str, dict[str, float]] = {"dense": {}, "dense, AbsTopK": {"afrac": 0.25}}
 WIDTHS, DENSITIES = (128, 256), (1 / 8, 1 / 16, 1 / 32)
-FRONTIER_TASKS = (  # one or two of each kind
-    "single_double_quote,bracket_brace,set_or_string_fixedvarname,with_as,lambda_func,var_if,while_return_true,if_equals"
-)
 QUICK: dict[str, Any] = {"tasks": "all", "pairs": 8, "settings": 1, "steps": 3}
 SEARCH: dict[str, Any] = harness.size({}, QUICK)  # else the defaults
 
@@ -121,7 +118,7 @@ def test_frontier(width: int, density: float, home: Path) -> None:
     options: dict[str, Any] = {"width": width, "density": density, "embedding_density": min(1.0, 2 * density)}
     if harness.QUICK:
         options |= {"layers": 1, "density": 0.5}
-    model = table_of(trained("tiny", tokens=tokens, **options), settings=1, tasks=FRONTIER_TASKS)
+    model = table_of(trained("tiny", tokens=tokens, **options), settings=1)
     edges = list(model["edges"].values())
     mean = round(geometric_mean(edges), 1) if edges else None
     name = f"frontier-{width}-{round(1 / density)}"
