@@ -228,6 +228,14 @@ def test_texts_are_those_of_each_plan_and_prompt_alone(tiny: LanguageModel, tiny
         write(tiny, ["", "a"], [None], 2)
 
 
+def test_unsteered_texts_are_two_draws_each_of_its_own_seed(tiny: LanguageModel) -> None:
+    given = prompts("validation")[:4]
+    beside = Unsteered.of(tiny, given, 6, temperature=0.7, seed=3)
+    for written, seed in ((beside.written, 3), (beside.again, 4)):
+        assert written == write(tiny, given, [None], 6, temperature=0.7, seed=seed)[0]
+    assert beside.written.texts != beside.again.texts
+
+
 def fake(some: list[str], given: list[str]) -> Written:
     return Written(tuple(given), tuple(some), tuple(tuple(range(30)) for _ in some), (0,) * len(some))
 

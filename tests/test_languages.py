@@ -113,6 +113,17 @@ def test_translations_are_more_alike_than_others() -> None:
         languages.check("frr")
 
 
+def test_vectors_are_kept_and_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = ["one", "two", "three", "two"]
+    first = languages.embed(some)
+    monkeypatch.setattr(languages, "KEPT", 4)
+    languages._vectors.clear()
+    for _ in range(2):
+        assert torch.equal(languages.embed(some), first)
+    assert torch.equal(languages.embed(["four", "two"])[1], first[1]) and len(languages._vectors) <= 4
+    assert torch.equal(languages.embed(["five", "one"])[1], first[0]) and len(languages._vectors) <= 4
+
+
 def test_an_encoder_of_ones_own_folder(tmp_path: Path) -> None:
     """A random BERT: its pooled first token, of length 1, whatever stands beside the text."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "morning", "cats", "sleep"]

@@ -233,7 +233,7 @@ def _dies(stream: Stream, after: int) -> Any:
 def test_a_transcoder_writes_what_another_hook_point_has(tmp_path: Path) -> None:
     """The output is twice the input, and it finds that; its file is SAELens' where that has a class."""
     out = "blocks.3.hook_mlp_out"
-    data = rows(300)
+    data = [x + 3.0 for x in rows(300)]  # around somewhere else
     for kind, architecture in (
         ("topk", "topk_transcoder"),
         ("standard", "transcoder"),
