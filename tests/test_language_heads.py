@@ -73,6 +73,15 @@ def test_a_run(tiny: LanguageModel, tiny_sae: Path) -> None:
     assert found.error < 1e-3
     total = float(found.writers.sum() + found.mlps.sum()) + sum(found.rest.values())
     assert total == pytest.approx(found.whole, abs=1e-3)
+    # Steered by as much as the languages' means differ there.
+    sae, both = SAE.load(tiny_sae), corpus("search", ["ru", "en"])
+    means = [
+        torch.cat([tiny.run(tiny.tokenize(t)[None], capture=[sae.hook], logits="none")[sae.hook][0, 1:] for t in some])
+        for some in both.values()
+    ]
+    length = float((means[0].mean(0) - means[1].mean(0)).norm())
+    by_hand = Steering(sae.hook, 1.0, direction=sae.W_dec[found.latent] / sae.norms[found.latent], unit=length)
+    assert found.steered == pytest.approx(readers(tiny, by_hand, "ru", prompts("validation")[:2])[1], rel=1e-3)
     for given, message in (
         ({"target": "en"}, "both en"),
         ({"latent": 64}, "no latent 64"),

@@ -296,18 +296,19 @@ def test_directions_are_those_of_the_means(tiny: LanguageModel, store: Activatio
     assert float((sides[0][:, None] > sides[1][None]).float().mean()) > 0.95
 
 
-def test_several_latents_move_as_each_alone_by_its_difference(
+def test_several_latents_move_in_the_proportion_of_their_differences(
     tiny: LanguageModel, store: ActivationStore, tiny_sae: Path
 ) -> None:
     sae = SAE.load(tiny_sae)
     some = {name: rows[:15] for name, rows in corpus("search", ["en", "ru", "ja"]).items()}
     stats = language_steering.statistics(tiny, store, sae, some)
-    found = baselines.several(sae, stats, "ru", "en", 3)
+    found = baselines.several(sae, stats, "ru", "en", length=7.0)
     top = language_steering.scores(stats, "ru", "en")["monolinguality"].argsort(descending=True)[:3].tolist()
     alone = sum(
         language_steering.way(sae, stats, "ru", "en", one).change(torch.zeros(1, 32), torch.ones(1, 1)) for one in top
     )
-    assert torch.allclose(found.change(torch.zeros(1, 32), torch.ones(1, 1)), torch.as_tensor(alone), atol=1e-5)
+    expected = 7 * torch.nn.functional.normalize(torch.as_tensor(alone), dim=-1)
+    assert torch.allclose(found.change(torch.zeros(1, 32), torch.ones(1, 1)), expected, atol=1e-5)
 
 
 def test_neurons_are_of_one_language_and_move_by_its_difference(tiny: LanguageModel) -> None:

@@ -105,8 +105,9 @@ def test_translations_are_more_alike_than_others() -> None:
         assert float((own > floor).float().mean()) > 0.95 and float((own - floor).mean()) > 0.05
     same, floor = languages.similarity(["Good morning!", "The cat sleeps."], ["Good morning!", "The cat sleeps."])
     assert torch.allclose(same, torch.ones(2), atol=1e-3) and float(floor.max()) < 0.95
-    with pytest.raises(UserError, match="cannot be had"):
-        languages.embed(["a"], "./no-such-encoder")
+    for name, message in (("./no-such-encoder", "cannot be had"), ("labs", "did you mean labse|no sentence encoder")):
+        with pytest.raises(UserError, match=message):
+            languages.embed(["a"], name)
     with pytest.raises(UserError, match="at least 2 of each"):
         languages.similarity(["a"], ["b"])
     with pytest.raises(UserError, match="did you mean"):

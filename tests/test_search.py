@@ -131,7 +131,7 @@ def test_impossible_targets_are_sentences(given: tuple[str, str], message: str) 
 # ---- parallel text of one's own ----
 
 ROWS = [
-    ("One day.", "Un jour.", "Eines Tages."),
+    ("One day.", "Un\u2028jour.", "Eines Tages."),
     ("Why not?", "Pourquoi pas ?", "Warum nicht?"),
     ("Yes.", "Oui.", "Ja."),
 ]
@@ -162,6 +162,13 @@ def test_parallel_text_is_read_in_each_format(kind: str, tmp_path: Path) -> None
     assert found == {name: expected[name] for name in (("en", "fr") if kind == "tatoeba" else ("en", "fr", "de"))}
 
 
+def test_two_files_of_one_language_are_no_choice_of_ours(tmp_path: Path) -> None:
+    folder = written(tmp_path, "flores")
+    (folder / "fra_Latn.devtest").write_text("Un autre jour.")
+    with pytest.raises(UserError, match=r"fra_Latn\.dev and fra_Latn\.devtest are both in fr"):
+        parallel.sentences(str(folder))
+
+
 def test_latents_of_a_language_from_ones_own_sentences(tiny: LanguageModel, tiny_sae: Path, tmp_path: Path) -> None:
     path = str(written(tmp_path, "tatoeba"))
     run = runs.run("language-latents", model=tiny, sae=str(tiny_sae), targets="fr", text=path)
@@ -185,6 +192,7 @@ def test_latents_of_a_language_from_ones_own_sentences(tiny: LanguageModel, tiny
         ("rows.tsv", "en\tfr\na\t\n", "has 0 rows with a sentence in each"),
         ("klingon.txt", "a\tb", "its name no language"),
         ("missing.jsonl", None, "cannot be read as parallel text"),
+        ("rows.jsonl", "[1]", "no JSON object"),
     ],
 )
 def test_parallel_text_that_is_none_is_a_sentence(name: str, content: str | None, message: str, tmp_path: Path) -> None:

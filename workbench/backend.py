@@ -121,7 +121,8 @@ def sentence_encoder(name: str) -> Callable[[Sequence[str]], Float[Tensor, "text
     """
     with _quiet():
         try:
-            tokenizer, module = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            module = AutoModel.from_pretrained(name, use_safetensors=True).eval()
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"the sentence encoder {name} cannot be had: {reason}") from error

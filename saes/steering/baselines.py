@@ -6,7 +6,7 @@ Their unit is the length of the mean difference between the languages, so that s
     PCA             first principal component of sentence means in both, towards the target
     probe           normal of a logistic regression of the two languages on sentence means
     LAPE            neurons that are active in one language above all (Tang et al. 2024), moved by their mean difference
-    three latents   those of largest monolinguality together, each by its own difference
+    three latents   those of largest monolinguality together, in the proportion of their own differences
     prompting       no steering: an instruction in the target language before the prompt
     random direction, random latent, wrong language   controls, as long as what the single latent adds
 """
@@ -71,13 +71,22 @@ def directions(
     return {name: Steering(hook, 1.0, direction=vector, unit=unit) for name, vector in found.items()}
 
 
-def several(sae: SAE, stats: LanguageStats, target: str, source: str, n: int = 3) -> Steering:
-    """The latents of largest monolinguality together, with strength 1; each by the difference of its means."""
+def mean_difference(
+    model: LanguageModel, store: ActivationStore, hook: str, target: Sequence[str], source: Sequence[str]
+) -> Float[Tensor, " d"]:
+    """Of the residual stream over all tokens but the first of each sentence."""
+    (_, ours), (_, theirs) = (sentence_means(model, store, hook, some) for some in (target, source))
+    return ours - theirs
+
+
+def several(sae: SAE, stats: LanguageStats, target: str, source: str, length: float, n: int = 3) -> Steering:
+    """The latents of largest monolinguality together, in the proportion of the differences of their means; strength 1
+    is as long as given."""
     top = scores(stats, target, source)["monolinguality"].topk(min(n, sae.n_latents)).indices
     means = stats.sentences.mean(1)
     difference = means[stats.languages.index(target)] - means[stats.languages.index(source)]
     whole = difference[top] @ sae.W_dec[top]
-    return Steering(stats.hook, 1.0, direction=whole / whole.norm(), unit=float(whole.norm()))
+    return Steering(stats.hook, 1.0, direction=whole / whole.norm(), unit=length)
 
 
 def lape(model: LanguageModel, parallel: dict[str, list[str]], target: str, source: str) -> tuple[Steering, ...]:

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from saes.latents import one_of
 from saes.pretrained import fit, load
+from saes.steering.baselines import mean_difference
 from saes.steering.evaluate import prompts
-from saes.steering.language_steering import own_tokens, way
+from saes.steering.language_steering import as_long, own_tokens, way
 from saes.steering.parallel import OWN, both_in, corpus
 from saes.steering.search import statistics
 from saes.steering.steer import Steered, Steering
@@ -111,7 +112,7 @@ def language_heads(
     target    language of the latent
     source    language of the prompts
     text      parallel sentences for the writers, see `language-latents`
-    strength  of steering, in measured differences
+    strength  of steering, in lengths of the languages' mean difference at the hook point
     n_prompts  validation prompts for the readers
     """
     parallel = both_in(text, target, source)
@@ -130,7 +131,8 @@ def language_heads(
     pre = contrast["resid"][0]
     total = contrast["heads"].sum((0, 1)) + contrast["mlps"].sum(0) + contrast["embedding"] + contrast["biases"]
     share = contrast["heads"] / contrast["heads"].abs().mean(1, keepdim=True).clamp(min=1e-12)
-    later, steered = readers(model, found.at(strength), target, prompts("validation")[:n_prompts])
+    length = strength * float(mean_difference(model, store, chosen.hook, parallel[target], parallel[source]).norm())
+    later, steered = readers(model, as_long(found, length), target, prompts("validation")[:n_prompts])
     return LanguageHeads(
         chosen.hook, found.latent, target, contrast["heads"][..., 0], contrast["mlps"][..., 0],
         {part: float(contrast[part][0]) for part in ("embedding", "biases")}, float(pre),

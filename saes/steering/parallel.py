@@ -46,7 +46,7 @@ def sentences(source: str = OWN) -> dict[str, list[str]]:
     path = Path(source).expanduser()
     try:
         columns = _folder(path) if path.is_dir() else _file(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{source} cannot be read as parallel text: {error}") from error
     if len(columns) < 2:
         raise UserError(
@@ -74,13 +74,21 @@ def both_in(source: str, target: str, other: str) -> dict[str, list[str]]:
 
 
 def _folder(path: Path) -> dict[str, list[str]]:
-    found = {CODES.get(one.name.partition("_")[0]): one for one in sorted(path.glob("*_*.*"))}
-    return _ordered({name: _lines(one) for name, one in found.items() if name is not None})
+    found: dict[str, Path] = {}
+    for one in sorted(path.glob("*_*.*")):
+        name = CODES.get(one.name.partition("_")[0])
+        if name in found:
+            raise ValueError(f"{found[name].name} and {one.name} are both in {name}; leave one in the folder")
+        if name is not None:
+            found[name] = one
+    return _ordered({name: _lines(one) for name, one in found.items()})
 
 
 def _file(path: Path) -> dict[str, list[str]]:
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in _lines(path) if line]
+        rows = [json.loads(line) for line in _lines(path) if line.strip()]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("a line is no JSON object")
         return _ordered(
             {
                 name: [str(row.get(name, "")).strip() for row in rows]
@@ -101,7 +109,9 @@ def _file(path: Path) -> dict[str, list[str]]:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines()
+    """At newlines alone: sentences may hold the other characters at which `splitlines` would cut."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
 
 
 def _column(cells: Iterable[Sequence[str]], i: int) -> list[str]:
