@@ -1,6 +1,7 @@
 """SAEs by name, and a check of one on real activations.
 
-    gemma-3-270m-12            one that comes with the package
+    gemma-3-270m-11            one that comes with the package
+    gemma-3-270m               all of a model that come with the package
     train-sae-7009520071fe     those of a run, or one of them: train-sae-7009520071fe/blocks.12.hook_resid_post
     ./folder                   files in SAELens' format
     saelens:gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical
@@ -14,7 +15,7 @@ centred ones, or those of a model that was quantised. So every analysis looks at
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,35 @@ DATA = Path(__file__).parent / "data"
 PREFIX = "saelens:"
 CHECKED = 1024  # tokens
 WORST = 0.9  # share of variance unexplained above which an SAE is not of these activations
-places.ship(DATA / "runs")
 
 
-def shipped() -> dict[str, dict[str, str]]:
-    """The SAEs that come with the package: their runs, hook points, models, and a line about each."""
-    path = DATA / "saes.json"
-    found: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.exists() else {}
-    return found
+@dataclass(frozen=True)
+class Shipped:
+    """An SAE that comes with the package."""
+
+    run: str
+    hook: str
+    model: str
+    about: str
+
+
+@cache
+def shipped() -> dict[str, Shipped]:
+    """The SAEs that come with the package, by name."""
+    return {name: Shipped(**entry) for name, entry in json.loads((DATA / "saes.json").read_text()).items()}
+
+
+def _register() -> None:
+    places.ship(DATA / "runs")
+    by_model: dict[str, list[str]] = {}
+    for name, one in shipped().items():
+        places.alias(name, f"{one.run}/{one.hook}")
+        by_model.setdefault(one.model, []).append(f"{one.run}/{one.hook}")
+    for model, specs in by_model.items():
+        places.alias(model, *specs)
+
+
+_register()
 
 
 def load(spec: str) -> dict[str, SAE]:
@@ -51,16 +73,21 @@ def load(spec: str) -> dict[str, SAE]:
     if spec.startswith(PREFIX):
         sae = _from_saelens(spec.removeprefix(PREFIX))
         return {sae.hook: sae}
-    named = shipped()
-    if spec in named:
-        spec = f"{named[spec]['run']}/{named[spec]['hook']}"
+    found: dict[str, SAE] = {}
+    for one in (places.behind(spec) or spec).split(","):
+        found |= _load(one)
+    return found
+
+
+def _load(spec: str) -> dict[str, SAE]:
     if spec.startswith((".", "/", "~")):
         folder, which = Path(spec).expanduser(), ""
     else:
         run, _, which = spec.partition("/")
         found = places.folder_of(run)
         if found is None:
-            raise unknown("SAE", spec, [*named, *(one for one in places.names() if one.startswith("train-sae"))])
+            some = (one for one in places.names() if one.startswith("train-sae"))
+            raise unknown("SAE", spec, [*shipped(), *dict.fromkeys(one.model for one in shipped().values()), *some])
         folder = found / "files"
     if (folder / CONFIG).is_file():
         sae = SAE.load(folder)

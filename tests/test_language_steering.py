@@ -177,6 +177,9 @@ def test_candidates_are_tried_as_long_as_the_mean_difference_and_the_best_of_eac
     kept = sweep(french).look("latent", tried).most(tried, 2)
     assert [one.hook for one in kept] == [HOOK, HOOK, early[0].hook, early[0].hook]
     assert kept[0] is tried[masses.index(max(masses[: len(found)]))]
+    twice = [one for short in found for one in (short.at(2 * short.strength), short)]
+    both = sweep(french).look("latent", twice).most(twice, 2)
+    assert len({one.latent for one in both}) == 2 and both[0].latent == kept[0].latent
     empty = replace(stats, sentences=torch.zeros_like(stats.sentences))
     with pytest.raises(UserError, match="no latent of the SAE"):
         candidates(sae, empty, "fr", "en", 5)

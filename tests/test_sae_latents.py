@@ -17,7 +17,7 @@ from saes import pretrained
 from saes.evaluate import quality, text_loss
 from saes.latents import Seen, respond
 from saes.sae import SAE
-from workbench import bases, runs, texts
+from workbench import bases, places, runs, texts
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
@@ -107,6 +107,26 @@ def test_saes_of_a_run_and_of_a_folder(tiny: LanguageModel, tiny_sae: Path) -> N
     ):
         with pytest.raises(UserError, match=message):
             pretrained.load(name)
+
+
+def test_a_name_is_keyed_by_what_it_stands_for(
+    tiny: LanguageModel, tiny_sae: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "_aliases", {})
+    ask: dict[str, Any] = {"model": tiny, "task": "ioi", "n": 4, "basis": "sae:ours"}
+    with pytest.raises(UserError, match="no SAE"):
+        runs.run("feature-attribution", **ask)
+    places.alias("ours", str(tiny_sae))
+    assert pretrained.load("ours").keys() == {HOOK}
+    first = runs.run("feature-attribution", **ask)
+    assert first.record["key"]["contents"] == {"sae:ours": str(tiny_sae)}
+    assert "basis sae:ours" in first.record["command"] and runs.run("feature-attribution", **ask).hit
+    copy = changed(tiny_sae, tiny_sae.with_name("copy"))
+    places.alias("ours", str(copy))
+    assert not runs.run("feature-attribution", **ask).hit
+    mlp = changed(tiny_sae, tiny_sae.with_name("mlp"), {"metadata": {"hook_name": "blocks.1.hook_mlp_out"}})
+    places.alias("ours", str(copy), str(mlp))
+    assert pretrained.load("ours").keys() == {HOOK, "blocks.1.hook_mlp_out"}
 
 
 def changed(folder: Path, to: Path, config: dict[str, Any] | None = None, **tensors: Tensor | None) -> Path:

@@ -1,4 +1,5 @@
-"""Where runs are: on this machine, under WORKBENCH_HOME, and beside them those that come with packages."""
+"""Where runs are: on this machine, under WORKBENCH_HOME, and beside them those that come with packages, which may have
+names for what is in them."""
 
 from __future__ import annotations
 
@@ -7,12 +8,25 @@ from pathlib import Path
 from workbench import plugins, settings
 
 _shipped: list[Path] = []
+_aliases: dict[str, str] = {}
 
 
 def ship(root: Path) -> None:
     """Runs that come with a package, in folders as `runs.run` writes them: found like any that were made here."""
     if root not in _shipped:
         _shipped.append(root)
+
+
+def alias(name: str, *targets: str) -> None:
+    """A name for runs or parts of them. A run whose parameter is such a name is keyed by what it stands for, so that
+    it is computed again when a later version of a package gives the name to something else."""
+    _aliases[name] = ",".join(targets)
+
+
+def behind(name: str) -> str | None:
+    """What a name stands for, also after the prefix of a basis (`sae:NAME`); None if it is no such name."""
+    plugins.load()
+    return _aliases.get(name) or _aliases.get(name.partition(":")[2])
 
 
 def roots() -> list[Path]:

@@ -253,7 +253,8 @@ def key_of(
     versions = {name: known[name].version for name in sorted(named & known.keys())}
     models = {name: pretrained.fingerprint(name) for name in sorted(named - known.keys() - {""})}
     models = {name: digest for name, digest in models.items() if digest is not None}
-    found = {name: digest for name in sorted(named - known.keys() - {""}) if (digest := texts.digest(name)) is not None}
+    others = sorted(named - known.keys() - {""})
+    found = {name: digest for name in others if (digest := places.behind(name) or texts.digest(name)) is not None}
     more = {"versions": versions, "models": models, "contents": found}
     return key | {name: value for name, value in more.items() if value}
 

@@ -2,8 +2,9 @@
 on validation prompts, and say on test prompts what it and every alternative do.
 
 1. Latents are scored on parallel sentences (`search`), and the best of each SAE are tried as long as the difference of
-   the languages' means is at that layer: how much of the next token's probability then lies on tokens of the target
-   language tells which of them write it at all. Those with most, a few of each SAE, are tried at several lengths.
+   the languages' means is at that layer, and twice as long: how much of the next token's probability then lies on
+   tokens of the target language tells which of them write it at all. Those with most, a few of each SAE, are tried at
+   several lengths.
 2. On validation prompts the most promising write texts. The recipe is the one with the most texts that succeed
    strictly, of equal ones that of best score.
 3. The baselines get the same: every layer, their own strengths, chosen on validation prompts. Controls are as long as
@@ -40,7 +41,8 @@ from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.registry import analysis
 
-LENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of latents, in lengths of the mean difference; baselines: 0.5 to 2
+LENGTHS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # of latents, in lengths of the mean difference; baselines: 0.5 to 2
+LOOK = (1.0, 2.0)  # at these, which latents of many; they point less straight there than the mean difference does
 RANKINGS = ("difference", "monolinguality", "langfir")
 AT_ONCE = 1024  # tokens
 MOST = 0.9  # of the mass that a latent can have
@@ -177,7 +179,7 @@ def language_steering(
     target        language to steer to
     source        language of the prompts
     text          parallel sentences for the search, see `language-latents`
-    top           latents of each ranking and SAE that are tried at one length
+    top           latents of each ranking and SAE that are tried at two lengths
     kept          latents of each SAE that are tried at every length
     written       cells of the sweep whose texts are written and judged
     steps         new tokens
@@ -199,12 +201,13 @@ def language_steering(
     directions = _baselines(model, store, bases, stats, parallel[target], parallel[source], (target, source))
     lengths = {one.hook: one.unit for one in directions["DiffMean"]}
     latents = [
-        as_long(one, lengths[hook])
+        as_long(one, x * lengths[hook])
         for hook in bases
         for one in candidates(bases[hook], stats[hook], target, source, top)
+        for x in LOOK
     ]
     first = parts.once("search", Cells, lambda: sweep.look("latent", latents))
-    tried = [one.at(x * one.strength) for one in first.most(latents, kept) for x in LENGTHS]
+    tried = [as_long(one, x * lengths[one.hook]) for one in first.most(latents, kept) for x in LENGTHS]
     cells = parts.once("latents", Cells, lambda: sweep.run("latent", tried, written))
     chosen = cells.best(tried)
     plain = {name: [one.at(s) for one in some for s in (0.5, 1.0, 1.5, 2.0)] for name, some in directions.items()}
@@ -310,13 +313,13 @@ class Cells:
         return tried[max(range(len(tried)), key=lambda i: _rank(self.cells[i]))]
 
     def most(self, tried: Sequence[Steering], n: int) -> list[Steering]:
-        """Of each hook point the n with most mass."""
-        order = sorted(range(len(tried)), key=lambda i: -self.cells[i].mass)
-        return [
-            tried[i]
-            for hook in dict.fromkeys(one.hook for one in tried)
-            for i in [i for i in order if tried[i].hook == hook][:n]
-        ]
+        """Of each hook point the n latents with most mass, each at the strength at which it has it."""
+        found: dict[str, dict[int | None, Steering]] = {one.hook: {} for one in tried}
+        for i in sorted(range(len(tried)), key=lambda i: -self.cells[i].mass):
+            some = found[tried[i].hook]
+            if len(some) < n:
+                some.setdefault(tried[i].latent, tried[i])
+        return [one for some in found.values() for one in some.values()]
 
 
 @dataclass(frozen=True)
