@@ -16,7 +16,6 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm import tqdm
 
 from circuits.graph import Circuit, EdgeScores, Graph
 from circuits.wiring import Wiring
@@ -25,6 +24,7 @@ from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.metrics import kl
 from workbench.models import LanguageModel
+from workbench.progress import track
 from workbench.prompts import Batch
 from workbench.registry import analysis
 
@@ -120,7 +120,7 @@ def _cut(
     # From the logits down; the edges of one destination from the last source to the first.
     ends = graph.edges.tolist()
     order = sorted(range(len(graph)), key=lambda i: (ends[i][1], ends[i][0]), reverse=True)
-    for edge in tqdm(order, desc="acdc", disable=None, leave=False):
+    for edge in track(order, "acdc"):
         source, destination = ends[edge]
         keep[0, source, destination] = 0
         after = loss(keep)

@@ -26,7 +26,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from circuits.graph import PORTS, EdgeScores, Graph, nodes_of
 from circuits.writes import Ablation, Writes
@@ -35,6 +34,7 @@ from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel, Resume
 from workbench.passes import Edit
+from workbench.progress import track
 from workbench.prompts import Batch
 from workbench.registry import analysis
 from workbench.scores import NodeScores
@@ -150,7 +150,7 @@ def _runs(
     points = alphas(steps, rule)
     if points != [1.0] and ablation != "resample":
         raise UserError(f"between which inputs to interpolate is not defined for ablation={ablation!r}; use resample.")
-    with tqdm(total=len(batch) * steps, desc=name, disable=None, leave=False) as bar:
+    with track(total=len(batch) * steps, desc=name) as bar:
         for bucket in batch.buckets():
             length = len(batch.clean[int(bucket[0])])
             at_once = max(1, TOKENS_PER_PASS // length)  # sequences in one pass

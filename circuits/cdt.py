@@ -37,7 +37,6 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm import tqdm
 
 from circuits.graph import PORTS, nodes_of
 from circuits.writes import Ablation, Writes
@@ -45,6 +44,7 @@ from workbench import norms, sites
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import Affine, LanguageModel, Resume
+from workbench.progress import track
 from workbench.prompts import Batch
 from workbench.registry import analysis
 from workbench.scores import NodeScores
@@ -76,7 +76,7 @@ def cdt(
     """
     names = nodes_of(model.config.n_layers, model.config.n_heads)
     per_prompt = torch.zeros(len(names), len(batch))
-    with tqdm(total=len(batch) * len(names), desc="cd-t", disable=None, leave=False) as bar:
+    with track(total=len(batch) * len(names), desc="cd-t") as bar:
         for part, some in batch.parts(tokens=TOKENS_AT_ONCE):
             rules = _Rules(model, Writes(model, store, some, batch, ablation), some, attention, signs)
             for sources in rules.passes():

@@ -15,7 +15,6 @@ from typing import Any, get_type_hints
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from circuits import evaluate
 from circuits.evaluate import Ends, Judged
@@ -28,6 +27,7 @@ from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.plots import node_scores
+from workbench.progress import track
 from workbench.prompts import Batch
 from workbench.registry import Analysis, analysis
 from workbench.scores import NodeScores
@@ -102,7 +102,7 @@ def compare(
 
     ends = evaluate.ends_of(model, judge, store, ablation=ablation, fit=find)
     judges = _Judges(model, store, find, judge, ends, known, at_least, ablation, edges)
-    for method in tqdm(chosen, desc="compare", disable=None, leave=False):
+    for method in track(chosen, "compare"):
         try:
             found = parts.once(method.name, _Row, partial(judges.row, method))
         except UserError as error:

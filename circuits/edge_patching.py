@@ -16,7 +16,6 @@ from functools import partial
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm import tqdm
 
 from circuits.attribution import eap_ig
 from circuits.graph import LOGITS, PORTS, EdgeScores, Graph
@@ -25,6 +24,7 @@ from workbench import sites
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel, Resume
+from workbench.progress import track
 from workbench.prompts import Batch
 from workbench.registry import analysis
 
@@ -73,7 +73,7 @@ def exact(
     graph = Graph.of(model.config)
     out = torch.zeros(len(batch), len(graph))
     parts = list(batch.parts(PROMPTS_AT_ONCE))
-    with tqdm(total=len(parts) * int(chosen.sum()), desc="edge-patching", disable=None, leave=False) as bar:
+    with track(total=len(parts) * int(chosen.sum()), desc="edge-patching") as bar:
         for part, some in parts:
             cuts = _Cuts(model, store, some, batch, graph, ablation)
             before = some.score(cuts.unpatched())

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from circuits.graph import LOGITS, Circuit, Graph
 from workbench import bases as named
@@ -32,6 +31,7 @@ from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.passes import Edit
+from workbench.progress import track
 from workbench.prompts import Batch
 from workbench.registry import analysis
 from workbench.sites import Basis
@@ -132,7 +132,7 @@ def attribute(
     errors = torch.zeros(len(hooks))
     positions = 0
     parts = list(batch.parts(PROMPTS_AT_ONCE))
-    for part, some in tqdm(parts, desc="feature-attribution", disable=None, leave=False):
+    for part, some in track(parts, "feature-attribution"):
         pairs = _pairs(model, store, some, hooks, bases)
         positions += len(part) * len(some.clean[0])
         slopes = {} if steps > 1 else _slopes(model, some, hooks)
@@ -239,7 +239,7 @@ def connect(
     names = [f"{hook}/{which}" for hook in order for which in chosen[hook]]
     weights = torch.zeros(len(names), len(names) + 1)  # [source, destination], logits last
     parts = list(batch.parts(PROMPTS_AT_ONCE))
-    for _, some in tqdm(parts, desc="feature-circuit", disable=None, leave=False):
+    for _, some in track(parts, "feature-circuit"):
         weights += _direct(model, store, some, order, chosen, bases) / len(batch)
     layer = torch.tensor([order.index(name.rpartition("/")[0]) for name in names])
     pairs = [(s, d) for d in range(len(names) + 1) for s in range(len(names)) if d == len(names) or layer[s] < layer[d]]

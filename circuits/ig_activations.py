@@ -17,7 +17,6 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from circuits.attribution import TOKENS_PER_PASS, Rule, alphas, gradients, products, read_hooks, summed
 from circuits.graph import EdgeScores, Graph
@@ -26,6 +25,7 @@ from workbench import sites
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel, Resume
+from workbench.progress import track
 from workbench.prompts import Batch
 from workbench.registry import analysis
 
@@ -51,7 +51,7 @@ def eap_ig_activations(
     graph = Graph.of(model.config)
     total = torch.zeros(len(graph.sources), len(graph.destinations), dtype=torch.float64)
     groups = _groups(model)
-    with tqdm(total=len(batch) * len(groups), desc="eap-ig-activations", disable=None, leave=False) as bar:
+    with track(total=len(batch) * len(groups), desc="eap-ig-activations") as bar:
         for part, some in batch.parts(tokens=TOKENS_PER_PASS // steps):
             writes = Writes(model, store, some, batch, ablation)
             pres = [sites.block(layer, "hook_resid_pre") for layer in range(model.config.n_layers)]

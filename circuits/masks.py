@@ -23,7 +23,6 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from circuits.graph import EdgeScores, Graph, nodes_of
 from circuits.wiring import Wiring
@@ -33,6 +32,7 @@ from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.metrics import kl
 from workbench.models import LanguageModel, Resume
+from workbench.progress import track
 from workbench.prompts import Batch
 from workbench.registry import analysis
 from workbench.scores import NodeScores
@@ -153,7 +153,7 @@ def _train(
     adam = torch.optim.Adam([logit], lr=lr)
     ascent = torch.optim.Adam([multipliers], lr=lr, maximize=True)
     loss = share = torch.zeros(())
-    for step in tqdm(range(steps), desc="pruning", disable=None, leave=False):
+    for step in track(range(steps), "pruning"):
         at = int(torch.randint(len(runs), (), generator=generator))
         target = max(keep, 1 - (1 - keep) * 2 * step / steps)
         loss = kl(runs[at](gate(logit, gates, generator)).float(), whole[at]).mean()

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from circuits.wiring import PROMPTS_AT_ONCE, Keep, Wiring
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.metrics import kl
 from workbench.models import LanguageModel
+from workbench.progress import track
 from workbench.prompts import Batch
 
 STEPS, LR = 100, 0.05
@@ -48,7 +48,7 @@ def metric(
     judge = [(part, some, Wiring(model, store, some, "mean", whole=batch)) for part, some in
              batch.parts(PROMPTS_AT_ONCE)]  # fmt: skip
     out = torch.empty(len(keep), len(batch))
-    for i, one in enumerate(tqdm(keep, desc="optimal ablation", disable=None, leave=False)):
+    for i, one in enumerate(track(keep, "optimal ablation")):
         constants, _ = fitted(learn, one, steps=steps)
         for part, some, run in judge:
             out[i, part] = some.score(run.replaced(constants).run(one[None])[0].cpu())

@@ -18,12 +18,12 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from circuits.writes import copies, stored_past
 from workbench import scores, sites
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel, Resume
+from workbench.progress import track
 from workbench.prompts import Batch
 from workbench.registry import analysis
 from workbench.scores import NodeScores
@@ -51,7 +51,7 @@ def patching(
     patched = torch.empty(len(nodes), len(batch))
     unpatched = torch.empty(len(batch))
     chunks = list(batch.parts(PROMPTS_AT_ONCE))
-    with tqdm(total=len(chunks) * model.config.n_layers, desc="patching", disable=None, leave=False) as bar:
+    with track(total=len(chunks) * model.config.n_layers, desc="patching") as bar:
         for chunk, some in chunks:
             pair = (some.clean, some.corrupted)
             runs = _Patches(model, store, *(pair if direction == "noise" else pair[::-1]), mlps)

@@ -23,7 +23,6 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from circuits.graph import INPUT, LOGITS, PORTS
 from circuits.writes import copies, stored_past
@@ -32,6 +31,7 @@ from workbench.activations import ActivationStore
 from workbench.backend import ModelConfig
 from workbench.errors import UserError, unknown
 from workbench.models import LanguageModel, Resume
+from workbench.progress import track
 from workbench.prompts import Batch
 from workbench.registry import analysis
 from workbench.scores import NodeScores
@@ -118,7 +118,7 @@ def path_metrics(
         raise unknown(f"node of {model.name}", name, known)
     out = Metrics(torch.empty(len(batch)), torch.empty(len(batch)), torch.empty(len(groups), len(batch)))
     chunks = list(batch.parts(PROMPTS_AT_ONCE))
-    with tqdm(total=len(chunks) * len(groups), desc="path patching", disable=None, leave=False) as bar:
+    with track(total=len(chunks) * len(groups), desc="path patching") as bar:
         for chunk, some in chunks:
             paths = _Paths(model, store, some, receivers, position, freeze_mlps)
             out.clean[chunk], out.corrupted[chunk] = (some.score(logits) for logits in paths.unpatched())

@@ -18,12 +18,12 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from saes.codes import Encoder, TrialSettings, assign, check, pooled_z, rescale, split, written
 from workbench import sites
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel, Resume
+from workbench.progress import track
 from workbench.prompts import Batch
 from workbench.registry import analysis
 from workbench.scores import NodeScores, every_head
@@ -68,7 +68,7 @@ def code_effects(
     slope = _slopes(model, store, batch, position)
     total = torch.zeros(x.shape[1], n, device=x.device)
     counted = torch.zeros(n, device=x.device)
-    for _ in tqdm(range(trials), desc="code-effects", leave=False, disable=None):
+    for _ in track(range(trials), "code-effects"):
         train, scored = split(n, examples, "fixed", generator)
         table, _ = assign(x, train, x[train].flatten(0, 1), settings, generator)
         kept = torch.cat([scored, scored + n])

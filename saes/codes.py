@@ -49,7 +49,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from saes.code_statistics import NONE, PAIR_SWAPS, Statistic, pair_scores, pairs_z, score_codes
 from saes.controls import kmeans, nearest, probe_codes
@@ -57,6 +56,7 @@ from workbench import sites
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
+from workbench.progress import track
 from workbench.prompts import Batch
 from workbench.registry import analysis
 from workbench.scores import NodeScores, PairScores, every_head
@@ -189,7 +189,7 @@ def sae_codes(
     x = head_outputs(model, store, [*batch.clean, *batch.corrupted], position)
     if mode == "fixed":
         x = rescale(x)
-    runs = [trial(x, settings, generator) for _ in tqdm(range(trials), desc="sae-codes", leave=False, disable=None)]
+    runs = [trial(x, settings, generator) for _ in track(range(trials), "sae-codes")]
     every = {key: torch.stack([run[key] for run in runs]).float().cpu() for key in runs[0]}
     mean = {key: value.mean(0) for key, value in every.items()}
     which = "raw" if mode == "paper" else "z"

@@ -27,12 +27,11 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from saes import objectives
 from saes.objectives import Chooser, Spec, Weights
 from saes.sae import SAE
-from workbench import parts, processes
+from workbench import parts, processes, progress
 from workbench.errors import UserError
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -263,8 +262,8 @@ class Progress:
         steps = next(iter(self.trainings.values())).steps
         started, before, kept = clock(), self.seconds, self.seconds
         note = max(1, steps // points)
-        silent = processes.number() > 0 or None  # None: where nobody looks
-        with tqdm(total=steps, initial=self.done, desc="train-sae", disable=silent, leave=False) as bar:
+        silent = processes.number() > 0
+        with progress.track(total=steps, initial=self.done, desc="train-sae", silent=silent) as bar:
             while self.done < steps:
                 rows = next(stream)
                 for name, one in self.trainings.items():
@@ -286,6 +285,7 @@ class Progress:
         row |= {"dead": float(one.dead.float().mean()), **losses}
         for key, value in row.items():
             self.curves[name].setdefault(key, []).append(value)
+        progress.note(name, **row)
 
     def checkpoint(self) -> None:
         for one in self.trainings.values():

@@ -1,33 +1,34 @@
 """wb: the workbench on the command line.
 
 Results go to stdout, everything else to stderr. With --json a command prints exactly one JSON object. Bad input is one
-line `wb: ...` and exit status 2.
+line `wb: ...` and exit status 2; what was interrupted ends with 130.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from workbench.cli_jobs import job_cli
 from workbench.errors import UserError
-from workbench.tables import describe, table
+from workbench.tables import AsJson, describe, show_as, table
 
 cli = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
 )
 store_cli = typer.Typer(no_args_is_help=True, help="The activation store: what it holds, and its upkeep.")
 cli.add_typer(store_cli, name="store")
+cli.add_typer(job_cli, name="job")
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+INTERRUPTED, KEPT = 130, "interrupted; what was stored so far is kept."
 Prompts = Annotated[str | None, typer.Option("--n", help="Number of prompts; each analysis has a default.")]
 Seed = Annotated[str, typer.Option(help="Seed of the prompts.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default WORKBENCH_DEVICE or cpu.")]
@@ -41,26 +42,23 @@ def main() -> None:
     for noisy in ("httpx", "huggingface_hub", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        sys.exit(cli(standalone_mode=False))
+        status = cli(standalone_mode=False)
+        if status == INTERRUPTED:
+            _fail(KEPT, INTERRUPTED)
+        sys.exit(status)
     except typer.TyperException as error:
         _fail(error.format_message())
     except UserError as error:
         _fail(str(error))
-    except typer.Abort:
-        _fail("interrupted; what was stored so far is kept.")
-    except KeyboardInterrupt:
-        _fail("interrupted; what was stored so far is kept.")
+    except (typer.Abort, KeyboardInterrupt):
+        _fail(KEPT, INTERRUPTED)
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}; check space and permissions.")
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, status: int = 2) -> None:
     typer.echo("wb: " + " ".join(message.split()), err=True)
-    sys.exit(2)
-
-
-def _show(as_json: bool, value: Any, text: Callable[[], str]) -> None:
-    typer.echo(json.dumps(value) if as_json else text())
+    sys.exit(status)
 
 
 @cli.command()
@@ -85,7 +83,7 @@ def models(as_json: AsJson = False) -> None:
         "Also any hub id (gpt2) while the hub can be reached, any local folder (./my-model), and the id of a run that "
         "trained a model."
     )
-    _show(
+    show_as(
         as_json,
         {"models": rows, "more": more},
         lambda: table(["model", "here", "licence", "MB", "about"], [list(row.values()) for row in rows]) + "\n" + more,
@@ -100,7 +98,7 @@ def tasks(as_json: AsJson = False) -> None:
     rows = [
         {"name": t.name, "metric": t.metric, "version": t.version, "about": t.about} for t in registry.tasks().values()
     ]
-    _show(
+    show_as(
         as_json,
         {"tasks": rows},
         lambda: table(["task", "metric", "version", "about"], [list(r.values()) for r in rows]),
@@ -140,7 +138,7 @@ def analyses(as_json: AsJson = False) -> None:
             ]
         return "\n".join(lines)
 
-    _show(as_json, {"analyses": rows}, text)
+    show_as(as_json, {"analyses": rows}, text)
 
 
 @cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -172,7 +170,7 @@ def run(
         accept_terms=accept_terms,
         **_parameters(context.args),  # type: ignore[arg-type]
     )
-    _show(as_json, done.to_json(), lambda: describe(done))
+    show_as(as_json, done.to_json(), lambda: describe(done))
 
 
 def _integer(name: str, text: str) -> int:
@@ -249,7 +247,7 @@ def extract(
         )
     ]
     failed = sum(1 for row in rows if "error" in row)
-    _show(as_json, {"circuits": rows, "failed": failed}, lambda: grid.text(rows))
+    show_as(as_json, {"circuits": rows, "failed": failed}, lambda: grid.text(rows))
     if failed:
         sys.exit(1)
 
@@ -272,7 +270,7 @@ def list_runs(as_json: AsJson = False) -> None:
         }
         for r in found
     ]
-    _show(
+    show_as(
         as_json,
         {"runs": rows},
         lambda: (
@@ -289,7 +287,7 @@ def show(run: Annotated[str, typer.Argument(help="Id of a run: see `wb runs`.")]
     from workbench import runs
 
     done = runs.get_run(run)
-    _show(as_json, done.to_json(), lambda: describe(done))
+    show_as(as_json, done.to_json(), lambda: describe(done))
 
 
 @cli.command()
@@ -298,7 +296,7 @@ def demo(as_json: AsJson = False) -> None:
     from workbench import demo as walk
 
     figures = walk.demo()
-    _show(as_json, figures, lambda: walk.text(figures))
+    show_as(as_json, figures, lambda: walk.text(figures))
 
 
 @cli.command()
@@ -309,7 +307,7 @@ def app(port: Annotated[int, typer.Option(help="Port on this machine.")] = 8501,
     command += ["--server.port", str(port), "--browser.gatherUsageStats", "false"]
     command += ["--server.showEmailPrompt", "false"]
     url = f"http://127.0.0.1:{port}"
-    _show(as_json, {"url": url}, lambda: url)
+    show_as(as_json, {"url": url}, lambda: url)
     sys.stdout.flush()
     sys.exit(subprocess.call(command, stdout=sys.stderr))
 
@@ -354,11 +352,11 @@ def store_stats(as_json: AsJson = False) -> None:
             lines.append(table(["model", "hook point", "entries", "MB", "last used", "pinned"], cells))
         return "\n".join(lines + [f"pinned: {pin}" for pin in pins])
 
-    _show(as_json, asdict(stats) | {"series": [asdict(row) for row in rows], "pins": pins}, text)
+    show_as(as_json, asdict(stats) | {"series": [asdict(row) for row in rows], "pins": pins}, text)
 
 
 @store_cli.command("show")
-def store_show(
+def storeshow_as(
     sequence: Annotated[str, typer.Argument(help="First letters of a sequence's digest.")] = "",
     hook: OfHook = None,
     run: OfRun = None,
@@ -381,7 +379,7 @@ def store_show(
             ]
         return "\n".join(lines)
 
-    _show(as_json, {"entries": [asdict(one) for one in found]}, text)
+    show_as(as_json, {"entries": [asdict(one) for one in found]}, text)
 
 
 @store_cli.command("estimate")
@@ -403,7 +401,7 @@ def store_estimate(
     batch = sample(registry.get_task(task), loaded, n, seed)
     hooks = [sites.block(layer, hook) for layer in range(loaded.config.n_layers)]
     cost = activations.shared().estimate(loaded, batch.clean, hooks)
-    _show(
+    show_as(
         as_json,
         asdict(cost),
         lambda: (
@@ -435,7 +433,7 @@ def store_verify(
         largest = max(one.difference for one in anew)
         lines.append(f"{len(anew)} computed anew: largest relative difference {largest:.2g}")
         lines += [f"{o.sequence} at {o.hook} differs by {o.difference:.2g}, more than {o.limit:.2g}" for o in wrong]
-    _show(as_json, {"damaged": damaged, "computed_anew": [asdict(one) for one in anew]}, lambda: "\n".join(lines))
+    show_as(as_json, {"damaged": damaged, "computed_anew": [asdict(one) for one in anew]}, lambda: "\n".join(lines))
     if damaged or wrong:
         sys.exit(1)
 
@@ -451,7 +449,7 @@ def store_evict(
     from workbench import activations
 
     freed = activations.shared().evict(model=_stored_model(model), hook=hook, keep_bytes=int(keep_mb * 1e6))
-    _show(as_json, {"freed_bytes": freed}, lambda: f"freed {freed / 1e6:,.1f} MB")
+    show_as(as_json, {"freed_bytes": freed}, lambda: f"freed {freed / 1e6:,.1f} MB")
 
 
 @store_cli.command("pin")
@@ -469,4 +467,4 @@ def store_pin(
     change = store.unpin if off else store.pin
     change(model=_stored_model(model) or "", hook=hook or "", run=run or "")
     pins = store.pins()
-    _show(as_json, {"pins": pins}, lambda: "\n".join(f"pinned: {pin}" for pin in pins) or "nothing is pinned")
+    show_as(as_json, {"pins": pins}, lambda: "\n".join(f"pinned: {pin}" for pin in pins) or "nothing is pinned")

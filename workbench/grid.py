@@ -11,13 +11,14 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 from workbench import registry, runs, settings
 from workbench.errors import UserError
 from workbench.models import LanguageModel
+from workbench.progress import track
 from workbench.runs import Run
 from workbench.tables import table
 
@@ -107,9 +108,10 @@ def circuits(
     root = (out or settings.home() / "circuits").expanduser().resolve()
     settings.writable_folder(root)
     asked = {"n": n, "seed": seed, "device": device, "dtype": dtype, **parameters}
+    todo = iter(track([*product(models, tasks, methods)], "circuits"))
     for model in models:
         loaded: LanguageModel | UserError | None = None
-        for task, method in product(tasks, methods):
+        for _, task, method in islice(todo, len(tasks) * len(methods)):
             log.info("%s, %s, %s", model, task, method)
             try:
                 run = runs.find(ANALYSIS, model=model, task=task, method=method, **asked)

@@ -5,6 +5,7 @@ WORKBENCH_DEVICE        torch device of the model (default cpu: a GPU is used wh
 WORKBENCH_STORE_DEVICE  bytes of the activation store's tier on a GPU (default 1 GB)
 WORKBENCH_STORE_MEMORY  bytes of its tier in host memory (default 1 GB)
 WORKBENCH_STORE_DISK    bytes of its disk tier (default 20 GB)
+WORKBENCH_JOBS          how many jobs compute at once (default 1); the others wait
 WORKBENCH_ACCEPT_TERMS  comma-separated models whose terms of use are accepted
 """
 
@@ -43,6 +44,13 @@ def device() -> str:
 
 def accepted_terms() -> set[str]:
     return {name.strip() for name in os.environ.get("WORKBENCH_ACCEPT_TERMS", "").split(",") if name.strip()}
+
+
+def jobs() -> int:
+    text = os.environ.get("WORKBENCH_JOBS") or "1"
+    if not text.isdigit() or not int(text):
+        raise UserError(f"WORKBENCH_JOBS={text!r} is no number of jobs; give a whole number from 1.")
+    return int(text)
 
 
 def store_device() -> int:

@@ -1,9 +1,19 @@
-"""Tables and runs for the terminal."""
+"""Tables and runs for the terminal, and JSON for programs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def show_as(as_json: bool, value: Any, text: Callable[[], str]) -> None:
+    """What a command found: a JSON object, or text for people."""
+    typer.echo(json.dumps(value) if as_json else text())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from circuits.graph import Circuit
 from circuits.sparse.channels import Channels
 from circuits.sparse.masked import MOST_SCALE, Ablated, Masked, Pairs, calibrated, fills, loss, rescaled
 from workbench.errors import UserError
 from workbench.models import LanguageModel
+from workbench.progress import note, track
 from workbench.prompts import Batch
 
 __all__ = [
@@ -130,16 +130,19 @@ def descend(
     """Gates, from where they start, that make the objective of their mask small."""
     tau = start.clamp(-1, 1).requires_grad_()
     adam = torch.optim.AdamW([tau], lr=settings.lr, betas=(0.9, settings.beta2), weight_decay=settings.decay)
-    for step in tqdm(range(settings.steps), desc="pruning", disable=None, leave=False):
+    for step in track(range(settings.steps), "pruning"):
         for group in adam.param_groups:
             group["lr"] = settings.lr * (1 - step / settings.steps)
         mask: Tensor = _Step.apply(tau, settings.temperature)  # type: ignore[no-untyped-call]
         adam.zero_grad()
-        objective(mask).backward()
+        loss = objective(mask)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_([tau], settings.clip)
         adam.step()
         with torch.no_grad():
             tau.clamp_(-1, 1)
+        if step % max(1, settings.steps // 50) == 0:
+            note("pruning", step=step, objective=float(loss.detach()), channels=int((tau > 0).sum()))
     return tau.detach()
 
 

@@ -25,6 +25,7 @@ from workbench import parts, registry
 from workbench.activations import ActivationStore
 from workbench.errors import UserError, unknown
 from workbench.models import LanguageModel
+from workbench.progress import track
 from workbench.prompts import Batch, Task, sample, split
 from workbench.registry import analysis
 from workbench.tasks.python_code import TASKS
@@ -221,7 +222,7 @@ def sparse_tasks(
         question = ask(model, train, test, stream, target=target, ablation=ablation)
         return row_of(question, shares[task.name], search, seed)
 
-    rows = {task.name: parts.once(task.name, Row, lambda task=task: row(task)) for task in chosen}  # type: ignore[misc]
+    rows = {task.name: parts.once(task.name, Row, lambda task=task: row(task)) for task in track(chosen, "tasks")}  # type: ignore[misc]
     return TaskCircuits(
         model.name, rows,
         f"edges: nonzero weights between the fewest channels with at most {target:g} nats on {pairs} pairs, ablation "

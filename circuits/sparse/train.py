@@ -36,7 +36,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from circuits.sparse.data import TokenStream
 from circuits.sparse.model import SparseConfig, SparseTransformer
@@ -44,6 +43,7 @@ from circuits.sparse.topk import Neurons, drop_weights
 from workbench import parts, processes, runs
 from workbench.errors import UserError
 from workbench.models import LanguageModel
+from workbench.progress import note, track
 
 WARMUP, ANNEALED = 0.01, 0.5  # shares of training
 DECAY = 0.1
@@ -340,8 +340,8 @@ class Training:
         started, before = clock(), self.seconds
         evaluated = before
         module = self.module.train()
-        silent = processes.number() > 0 or None  # None: where nobody looks
-        with tqdm(total=1.0, initial=self.done, desc="sparse-train", disable=silent, leave=False) as bar:
+        silent = processes.number() > 0
+        with track(total=1.0, initial=self.done, desc="sparse-train", silent=silent) as bar:
             while self.done < 1:
                 loss, step = self._update(self._rows().to(module.device))
                 self.steps += 1
@@ -393,6 +393,7 @@ class Training:
         tokens = self.steps * self.recipe.batch * self.recipe.length
         row = {"step": self.steps, "tokens": tokens, "seconds": round(self.seconds, 1), "loss": float(loss), **found}
         self.curve.append(row | {"density": step.density, "lr": step.lr})
+        note("sparse-train", **self.curve[-1])
 
     def _checkpoint(self) -> None:
         """Weights and moments; written aside and renamed, so that a kill leaves the last one whole."""

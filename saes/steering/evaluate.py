@@ -28,6 +28,7 @@ from saes.steering import languages
 from saes.steering.steer import Plan, steer
 from workbench import texts
 from workbench.models import LanguageModel
+from workbench.progress import track
 
 PROMPTS = texts.PARALLEL.with_name("prompts.jsonl")
 ROWS = 192  # texts that are written at once
@@ -68,16 +69,17 @@ def write(
     sequences = [model.tokenize(text) for text in given]
     chances = [seed] * len(plans) if isinstance(seed, int) else seed
     found: dict[tuple[int, int], tuple[str, tuple[int, ...], int]] = {}
+    chunks = []
     for length in sorted({len(one) for one in sequences}):
         cells = [(p, i) for p in range(len(plans)) for i, one in enumerate(sequences) if len(one) == length]
-        for start in range(0, len(cells), ROWS):
-            some = cells[start : start + ROWS]
-            made = steer(
-                model, torch.stack([sequences[i] for _, i in some]), steps, [plans[p] for p, _ in some],
-                temperature=temperature, seeds=[chances[p] * 100_003 + i for p, i in some],
-            )  # fmt: skip
-            for cell, text, row, applied in zip(some, made.texts, made.generated.tokens, made.applied, strict=True):
-                found[cell] = (text, _until(row.tolist(), model.end_tokens), applied)
+        chunks += [cells[start : start + ROWS] for start in range(0, len(cells), ROWS)]
+    for some in track(chunks, "texts"):
+        made = steer(
+            model, torch.stack([sequences[i] for _, i in some]), steps, [plans[p] for p, _ in some],
+            temperature=temperature, seeds=[chances[p] * 100_003 + i for p, i in some],
+        )  # fmt: skip
+        for cell, text, row, applied in zip(some, made.texts, made.generated.tokens, made.applied, strict=True):
+            found[cell] = (text, _until(row.tolist(), model.end_tokens), applied)
     every = range(len(given))
     return [Written(tuple(given), *zip(*(found[p, i] for i in every), strict=True)) for p in range(len(plans))]
 

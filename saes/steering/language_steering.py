@@ -39,6 +39,7 @@ from workbench.activations import ActivationStore
 from workbench.backend import Resume
 from workbench.errors import UserError
 from workbench.models import LanguageModel
+from workbench.progress import track
 from workbench.registry import analysis
 
 LENGTHS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # of latents, in lengths of the mean difference; baselines: 0.5 to 2
@@ -200,22 +201,18 @@ def language_steering(
 
     directions = _baselines(model, store, bases, stats, parallel[target], parallel[source], (target, source))
     lengths = {one.hook: one.unit for one in directions["DiffMean"]}
-    latents = [
-        as_long(one, x * lengths[hook])
-        for hook in bases
-        for one in candidates(bases[hook], stats[hook], target, source, top)
-        for x in LOOK
-    ]
+    found = {hook: candidates(one, stats[hook], target, source, top) for hook, one in bases.items()}
+    latents = [as_long(one, x * lengths[hook]) for hook in bases for one in found[hook] for x in LOOK]
     first = parts.once("search", Cells, lambda: sweep.look("latent", latents))
     tried = [as_long(one, x * lengths[one.hook]) for one in first.most(latents, kept) for x in LENGTHS]
     cells = parts.once("latents", Cells, lambda: sweep.run("latent", tried, written))
     chosen = cells.best(tried)
     plain = {name: [one.at(s) for one in some for s in (0.5, 1.0, 1.5, 2.0)] for name, some in directions.items()}
-    found = {
+    cells_of = {
         name: parts.once(f"baseline-{name}", Cells, lambda name=name, some=some: sweep.run(name, some, written // 2))  # type: ignore[misc]
         for name, some in plain.items()
     }
-    plans: dict[str, Plan] = {"latent": chosen, **{name: found[name].best(plain[name]) for name in plain}}
+    plans: dict[str, Plan] = {"latent": chosen, **{name: cells_of[name].best(plain[name]) for name in plain}}
     neurons = baselines.lape(model, parallel, target, source)
     plans |= {"LAPE": neurons} if neurons else {}
     others = [name for name in parallel if name not in (target, source)]
@@ -230,7 +227,7 @@ def language_steering(
             model.name, sae, chosen.hook, chosen.latent, chosen.strength, chosen.unit, chosen.kind, chosen.scope,
             target, source,
         ),
-        first.cells + cells.cells + tuple(cell for one in found.values() for cell in one.cells),
+        first.cells + cells.cells + tuple(cell for one in cells_of.values() for cell in one.cells),
         table, examples, side_effects(model, chosen, read), detector(target), len(ids),
         f"{steps} new tokens at temperature {temperature:g} after {len(test.given)} test prompts, chosen on "
         f"{len(chance.given)} others; similarity by {encoder}",
@@ -402,7 +399,7 @@ class Sweep:
         Prompts of one length and ways at one hook point run together, from that point on."""
         model, totals = self.writing.model, torch.zeros(len(tried))
         sequences = [model.tokenize(text) for text in self.writing.given]
-        for rows in by_length(sequences, AT_ONCE):
+        for rows in track(by_length(sequences, AT_ONCE), "first tokens"):
             for hook in dict.fromkeys(one.hook for one in tried):
                 plain = model.run(rows, capture=[hook], logits="none")[hook]
                 mine = torch.tensor([i for i, one in enumerate(tried) if one.hook == hook])

@@ -15,6 +15,7 @@ from torch import Tensor
 from saes.evaluate import by_length
 from saes.steering.steer import Plan, Steered, Steering
 from workbench.models import LanguageModel
+from workbench.progress import track
 
 TOKENS = 512  # at once: logits of a large vocabulary are half a gigabyte
 
@@ -33,7 +34,7 @@ def side_effects(model: LanguageModel, one: Steering, texts: Mapping[str, Sequen
     without = replace(one, kind="ablate", scope="all")
     return {
         language: Bits(*(bits_of_text(model, some, plan) for plan in (None, one, without)))
-        for language, some in texts.items()
+        for language, some in track(texts.items(), "side effects")
     }
 
 

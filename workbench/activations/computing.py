@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from workbench.activations import capture, codecs, keys
 from workbench.activations.capture import Clock, Planned
 from workbench.activations.disk import Allocate, Disk, NewEntry, Pass, block
 from workbench.activations.keys import Edits, Key, Scope
 from workbench.models import LanguageModel
+from workbench.progress import track
 
 Row = tuple[Key, Tensor, float]  # with the codec's error
 
@@ -90,8 +90,7 @@ class Computing:
         pending: deque[tuple[Planned, capture.Captured]] = deque()
         ahead = 1 if request.model.device.type == "cuda" else 0  # a batch is written while the GPU computes the next
         try:
-            quiet = True if len(batches) < 3 else None  # None: shown on a terminal
-            for batch in tqdm(batches, desc="activations", disable=quiet, leave=False):
+            for batch in track(batches, "activations", silent=len(batches) < 3):
                 mine = self._claim(batch)
                 if not mine.sequences:
                     continue

@@ -1,0 +1,84 @@
+"""`wb job`: commands in processes of their own, which go on when the terminal is closed."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from workbench import jobs
+from workbench.jobs import Job
+from workbench.tables import AsJson, show_as, table
+
+job_cli = typer.Typer(no_args_is_help=True, help="Commands that outlive the terminal: start, watch, cancel, resume.")
+Id = Annotated[str, typer.Argument(help="Id of a job: see `wb job list`.")]
+
+
+@job_cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def start(context: typer.Context, command: Annotated[str, typer.Argument(help="run or extract.")]) -> None:
+    """Start a command as a job: `wb job start run patching --task ioi`. Prints its id."""
+    typer.echo(jobs.start([command, *context.args]).id)
+
+
+@job_cli.command("list")
+def list_jobs(as_json: AsJson = False) -> None:
+    """All jobs, newest first."""
+    found = jobs.jobs()
+    show_as(
+        as_json,
+        {"jobs": [job.to_json() for job in found]},
+        lambda: (
+            table(["job", "state", "done", "left", "seconds", "run"], [_row(job) for job in found])
+            if found
+            else "no jobs yet; try: wb job start run patching --task ioi"
+        ),
+    )
+
+
+@job_cli.command()
+def show(id: Id, as_json: AsJson = False) -> None:
+    """One job: how far it is, and the end of its log."""
+    job = jobs.get(id)
+    show_as(as_json, job.to_json() | {"log": job.log(), "notes": job.notes()}, lambda: _text(job))
+
+
+@job_cli.command()
+def cancel(id: Id, as_json: AsJson = False) -> None:
+    """Stop a job; what it has stored is kept."""
+    job = jobs.cancel(id)
+    show_as(as_json, job.to_json(), lambda: _text(job))
+
+
+@job_cli.command()
+def resume(id: Id, as_json: AsJson = False) -> None:
+    """Start a job again that was cancelled, failed or was killed; it goes on where it was."""
+    job = jobs.resume(id)
+    show_as(as_json, job.to_json(), lambda: _text(job))
+
+
+def _row(job: Job) -> list[str]:
+    return [job.id, job.state, _done(job), _time(job.left), f"{job.seconds:.0f}", job.run or job.why[:60]]
+
+
+def _done(job: Job) -> str:
+    outer = next((one for one in job.stages if one.total), None)
+    return f"{outer.n / outer.total:.0%}" if outer and outer.total else ""
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min" if minutes > 9 else f"{minutes}:{rest:02}"
+
+
+def _text(job: Job) -> str:
+    lines = [f"{job.id}  {job.state}  {job.command}"]
+    for one in job.stages:
+        of = f" of {one.total:,.6g}" if one.total else ""
+        left = f", {_time(one.left)} left" if one.left is not None else ""
+        lines.append(f"  {one.name}  {one.n:,.6g}{of}{left}")
+    lines.append(f"  {job.seconds:.0f} s in {job.attempts} attempts, {job.peak / 1e6:,.0f} MB at most")
+    lines += [f"  {job.why}"] if job.why else []
+    lines += [f"  wb show {job.run}"] if job.run else []
+    return "\n".join(lines)

@@ -1,0 +1,95 @@
+"""Progress of what takes long: a bar on a terminal or in a notebook; in a job, its journal (`workbench.jobs`)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+EVERY = 0.5  # seconds between two reports
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An open bar.
+
+    n, total  what is behind, of how much; total None where it is not known
+    seconds   since it was opened
+    rate      of n in a second since then; 0 before anything is behind
+    """
+
+    name: str
+    n: float
+    total: float | None
+    seconds: float
+    rate: float
+
+    @property
+    def left(self) -> float | None:
+        """Seconds, if it goes on as it went."""
+        return None if not self.rate or self.total is None else max(0.0, self.total - self.n) / self.rate
+
+
+class Reporter(Protocol):
+    def stages(self, open: list[Stage]) -> None: ...
+
+    def note(self, of: str, numbers: dict[str, float]) -> None: ...
+
+
+_reporter: Reporter | None = None
+_open: list[_Reported] = []
+
+
+@contextmanager
+def reported_to(reporter: Reporter) -> Iterator[None]:
+    """In this block bars, the outermost first, and notes go to the reporter instead of the terminal."""
+    global _reporter
+    before, _reporter = _reporter, reporter
+    try:
+        yield
+    finally:
+        _reporter = before
+
+
+def track(
+    over: Iterable[Any] | None = None, desc: str = "", *, total: float | None = None, initial: float = 0,
+    silent: bool = False,
+) -> Any:  # fmt: skip
+    """A bar of tqdm's over some things, or over so many; gone when it is done, and not drawn where nobody looks."""
+    kind = tqdm if _reporter is None or silent else _Reported
+    return kind(over, desc=desc, total=total, initial=initial, leave=False, disable=True if silent else None)
+
+
+def note(of: str, **numbers: float) -> None:
+    """Numbers on the way, such as a loss: points of a curve that can be looked at while it grows."""
+    if _reporter is not None:
+        _reporter.note(of, numbers)
+
+
+class _Reported(tqdm):  # type: ignore[misc]
+    def __init__(self, *args: Any, **options: Any):
+        self.opened, self.began = time.monotonic(), options["initial"]
+        _open.append(self)
+        nowhere = open(os.devnull, "w")  # noqa: SIM115
+        super().__init__(*args, **options | {"disable": False, "mininterval": EVERY, "file": nowhere})
+
+    def display(self, *_: Any, **__: Any) -> None:
+        if _reporter is not None:
+            _reporter.stages([one.stage for one in _open])
+
+    def close(self) -> None:
+        if self in _open:
+            _open.remove(self)
+            super().close()
+            self.fp.close()
+
+    @property
+    def stage(self) -> Stage:
+        seconds = time.monotonic() - self.opened
+        rate = (self.n - self.began) / max(seconds, 1e-9)
+        return Stage(self.desc.removesuffix(": "), self.n, self.total, seconds, rate)
