@@ -14,7 +14,10 @@ st.set_page_config(page_title="Workbench", page_icon=str(Path(__file__).with_nam
 page = st.navigation(
     [
         st.Page("views/runs.py", title="Runs", default=True),
+        st.Page("views/start.py", title="Start", url_path="start"),
+        st.Page("views/jobs.py", title="Jobs", url_path="jobs"),
         st.Page("views/run.py", title="Run", url_path="run", visibility="hidden"),
+        st.Page("views/job.py", title="Job", url_path="job", visibility="hidden"),
     ],
     position="top",
 )

@@ -71,6 +71,14 @@ def _top_heads(summary: Mapping[str, Any]) -> str:
     return "   ".join(item["head"] for item in summary.values() if isinstance(item, dict) and "head" in item)
 
 
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
 def plain(text: str) -> str:
     """Text that reads the same when it is rendered as Markdown.
 

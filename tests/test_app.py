@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ import streamlit as st
 import torch
 from streamlit.testing.v1 import AppTest
 
+from circuits.sparse.shipped import DATA
 from tests.test_plots import attention_result, lens_result, node_scores
-from workbench import registry, results, runs, settings
+from workbench import jobs, places, registry, results, runs, settings
 
 MAIN = Path(__file__).parents[1] / "app" / "main.py"
 HOSTILE = (
@@ -342,3 +345,105 @@ def test_opening_a_run_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     before = torch.is_grad_enabled()
     run_page(save(node_scores()))
     assert torch.is_grad_enabled() == before
+
+
+# ---- starting, and jobs ----
+
+
+def page(view: str, **query: str) -> AppTest:
+    app = AppTest.from_file(str(MAIN), default_timeout=60).run()
+    app.switch_page(f"views/{view}.py")
+    for name, value in query.items():
+        app.query_params[name] = value
+    app.run()
+    assert not app.exception, app.exception[0].message
+    return app
+
+
+@pytest.mark.parametrize("analysis", registry.analyses())
+def test_every_analysis_has_a_form_that_asks_for_its_own_defaults(analysis: str) -> None:
+    """What the form would run, untouched, is what the command line runs with nothing given."""
+    app, entry = page("start", form=analysis), registry.get_analysis(analysis)
+    (command,) = [code.value for code in app.code]
+    words = dict(word[2:].split("=", 1) for word in command.split()[3:])
+    on = {"model": entry.model, "task": entry.task, "n": entry.task and str(entry.n), "seed": "0"}
+    assert words == {name: value for name, value in on.items() if value is not None}
+    fields = {one.label: one for kind in (app.text_input, app.selectbox, app.toggle) for one in kind}
+    for name, parameter in entry.parameters.items():
+        assert bool(fields[name].help) == bool(parameter.help)
+
+
+def test_a_form_says_what_is_wrong_before_anything_starts() -> None:
+    app = page("start", form="sae-codes")
+    app.text_input("sae-codes steps").set_value("many").run()
+    assert "Steps='many' is not int" in app.text[0].value and not app.button
+    app.text_input("sae-codes steps").set_value("7").run()
+    assert not app.text and app.code[0].value.endswith("--steps=7") and [one.label for one in app.button] == ["Start"]
+    app = page("start", form="feature-attribution")
+    for path in ("/etc", "./models", "~/x", "../../x", "sae:./x", "neurons,sae:/x", "neurons, /x"):
+        app.text_input("feature-attribution basis").set_value(path).run()
+        assert "is a path" in app.text[0].value and not app.button
+    assert jobs.jobs() == []
+
+
+def test_what_was_computed_is_opened() -> None:
+    """Of the runs that come with the package: nothing is computed here."""
+    places.ship(DATA / "runs")
+    app = page("start", form="bridge-dose")
+    assert [one.label for one in app.button] == ["Open the run"]
+    app.button[0].click().run()
+    id = app.query_params["run"]
+    assert runs.get_run(id).record["key"]["analysis"] == "bridge-dose" and app.title[0].value == "bridge\\-dose"
+
+
+def test_a_job_is_started_watched_cancelled_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    app = page("start", form="sparse-train")
+    for name, value in {"width": "32", "layers": "1", "seconds": "600"}.items():
+        app.text_input(f"sparse-train {name}").set_value(value)
+    app.selectbox("sparse-train preset").set_value("tiny").run()
+    app.button[0].click().run()
+    id = app.query_params["job"]
+    try:
+        assert jobs.get(id).words[:2] == ("run", "sparse-train")
+        end = time.monotonic() + 90
+        while not jobs.get(id).stages:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        app = page("job", job=id)
+        assert {metric.label: metric.value for metric in app.metric}["state"] == "running"
+        (bar,) = app.get("progress")
+        assert bar.proto.text.startswith("sparse\\-train · ") and "left" in bar.proto.text
+        assert list(page("jobs").dataframe[0].value["state"]) == ["running"]
+        (button,) = app.button
+        assert button.label == "Cancel"
+        button.click().run()
+        assert jobs.get(id).state == "cancelled" and [one.label for one in app.button] == ["Go on"]
+        app.button[0].click().run()
+        assert jobs.get(id).state in ("waiting", "running")
+    finally:
+        jobs.cancel(id)
+
+
+def test_without_jobs_the_page_says_what_to_do_and_an_unknown_job_is_a_sentence() -> None:
+    assert [code.value for code in page("jobs").code] == ["wb job start run patching --task ioi"]
+    for id in ("../../x", "<script>", "nothing", "x" * 10_000):
+        (sentence,) = page("job", job=id).text
+        assert sentence.value.startswith("No job is called") and len(sentence.value) < 1000
+    assert page("job").text[0].value.startswith("No job is chosen")
+
+
+def test_curves_of_a_job_are_drawn_and_its_words_are_never_markup() -> None:
+    folder = settings.home() / "jobs" / "20261126-000000-x-0000"
+    folder.mkdir(parents=True)
+    given = {"words": ["run", HOSTILE], "cwd": "/", "created": "2026-11-26T00:00:00+00:00"}
+    (folder / "job.json").write_text(json.dumps(given))
+    notes = [{"event": "note", "of": HOSTILE, "numbers": {"step": i, "loss": 1 / i, "bad": math.nan}} for i in (1, 2)]
+    lines = [{"event": "spawned", "at": 0.0, "pid": 1}, {"event": "started", "at": 0.0}, *notes]
+    (folder / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "log.txt").write_text(f"wb: {HOSTILE}\n")
+    app = page("job", job=folder.name)
+    assert len(app.get("plotly_chart")) == 1 and {one.label: one.value for one in app.metric}["state"] == "killed"
+    for element in (*app.markdown, *app.caption, *app.title, *app.subheader):
+        assert not getattr(element.proto, "allow_html", False) and "<script>" not in element.value
+    assert list(page("jobs").dataframe[0].value["state"]) == ["killed"]

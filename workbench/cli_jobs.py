@@ -57,12 +57,8 @@ def resume(id: Id, as_json: AsJson = False) -> None:
 
 
 def _row(job: Job) -> list[str]:
-    return [job.id, job.state, _done(job), _time(job.left), f"{job.seconds:.0f}", job.run or job.why[:60]]
-
-
-def _done(job: Job) -> str:
-    outer = next((one for one in job.stages if one.total), None)
-    return f"{outer.n / outer.total:.0%}" if outer and outer.total else ""
+    done = "" if job.share is None else f"{job.share:.0%}"
+    return [job.id, job.state, done, _time(job.left), f"{job.seconds:.0f}", job.run or job.why[:60]]
 
 
 def _time(seconds: float | None) -> str:
@@ -76,8 +72,9 @@ def _text(job: Job) -> str:
     lines = [f"{job.id}  {job.state}  {job.command}"]
     for one in job.stages:
         of = f" of {one.total:,.6g}" if one.total else ""
+        done = f"{one.n:.0%}" if one.total == 1 else f"{one.n:,.6g}{of}"
         left = f", {_time(one.left)} left" if one.left is not None else ""
-        lines.append(f"  {one.name}  {one.n:,.6g}{of}{left}")
+        lines.append(f"  {one.name}  {done}{left}")
     lines.append(f"  {job.seconds:.0f} s in {job.attempts} attempts, {job.peak / 1e6:,.0f} MB at most")
     lines += [f"  {job.why}"] if job.why else []
     lines += [f"  wb show {job.run}"] if job.run else []

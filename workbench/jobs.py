@@ -78,6 +78,12 @@ class Job:
         """Seconds, by the outermost bar that has an end."""
         return next((one.left for one in self.stages if one.left is not None), None)
 
+    @property
+    def share(self) -> float | None:
+        """What is behind, by the same bar; all of a job that is done."""
+        outer = next((one for one in self.stages if one.total), None)
+        return min(1.0, outer.n / outer.total) if outer and outer.total else 1.0 if self.state == "done" else None
+
     def notes(self) -> dict[str, list[dict[str, float]]]:
         """Points of curves by name, in the order they were noted."""
         found: dict[str, list[dict[str, float]]] = {}
@@ -212,7 +218,7 @@ def _root() -> Path:
 
 def _folder(id: str) -> Path:
     folder = _root() / id
-    if not re.fullmatch(r"[a-z0-9-]+", id) or not (folder / "job.json").is_file():
+    if not re.fullmatch(r"[a-z0-9-]{1,99}", id) or not (folder / "job.json").is_file():
         raise unknown("job", id, [path.parent.name for path in _root().glob("*/job.json")])
     return folder
 

@@ -7,7 +7,7 @@ result that carries `scores` is drawn as its scores. What all figures share is i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from html import escape
 from typing import NamedTuple
@@ -303,3 +303,28 @@ def _class_title(name: str, grid: Tensor) -> str:
 def _room_below(n_tokens: int) -> int:
     """Token labels are turned where they do not fit side by side."""
     return 40 if n_tokens <= 20 else 80
+
+
+# ---- curves of what is still computed ----
+
+AXIS = ("tokens", "step")  # of which the first there is
+
+
+def notes_figure(points: Sequence[Mapping[str, float]], most: int = 4) -> go.Figure:
+    """A panel for each of the first numbers noted on the way, over tokens or steps, or else in their order."""
+    axis = next((name for name in AXIS if all(name in one for one in points)), None)
+    names = [name for name in points[-1] if name not in (*AXIS, "seconds")][:most]
+    fig = make_subplots(rows=1, cols=len(names), subplot_titles=[escape(name) for name in names])
+    for column, name in enumerate(names, 1):
+        some = [(one[axis] if axis else i, one[name]) for i, one in enumerate(points) if name in one]
+        x, y = (canvas.cells(torch.tensor(values, dtype=torch.float64)) for values in zip(*some, strict=True))
+        line = {"color": canvas.POSITIVE.format(0.9), "width": 2}
+        fig.add_trace(
+            go.Scatter(
+                x=x, y=y, mode="lines+markers", line=line, marker_size=4, showlegend=False,
+                hovertemplate=f"%{{x:,.6g}} {axis or ''}: %{{y:.4g}}<extra>{escape(name)}</extra>",
+            ), row=1, col=column,
+        )  # fmt: skip
+        fig.update_xaxes(title_text=axis or "", nticks=4, row=1, col=column)
+        fig.update_yaxes(nticks=4, row=1, col=column)
+    return canvas.finish(fig, 160, top=30)

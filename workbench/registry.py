@@ -149,6 +149,11 @@ def kind_name(kind: Any) -> str:
     return "none" if kind is type(None) else str(kind.__name__)
 
 
+def choices(kind: Any) -> list[Any]:
+    """The values that a kind names one by one; none where it does not."""
+    return list(get_args(kind)) if get_origin(kind) is Literal else []
+
+
 def _read(parameter: Parameter, value: Any) -> Any:
     kinds = get_args(parameter.kind) if get_origin(parameter.kind) in (Union, types.UnionType) else (parameter.kind,)
     for kind in kinds:
