@@ -7,7 +7,10 @@ of each share.
 Activations are trained on in units of their own, in which they lie around 0 and have the square root of their width as
 mean length; the first rows give them, and the finished weights have them folded in. (What all activations of a model
 have in common can be most of them. Whoever starts without it spends the first steps on learning it, with the few
-latents that point there, and the others die.) Each training has parameters, moments,
+latents that point there, and the others die.) Each coordinate is divided by the root of its standard deviation, so that
+a coordinate that varies 50 times as much as others, as some of gemma-3-270m do, counts 7 times as much: the model reads
+such coordinates with small weights, and an SAE that spends its latents on them explains more variance and less of what
+the model does. Each training has parameters, moments,
 counters and a place in the stream; all of these are in its checkpoint, so that one that is killed goes on bit for bit.
 """
 
@@ -51,24 +54,30 @@ class Place:
 
 @dataclass(frozen=True)
 class Units:
-    """What training does to activations before it looks at them: (x - centre) times factor."""
+    """What training does to activations before it looks at them: (x - centre) times scale."""
 
-    factor: float = 1.0
-    centre: Float[Tensor, " d"] | None = None
+    centre: Float[Tensor, " d"]
+    scale: Float[Tensor, " d"]
 
     @classmethod
-    def of(cls, rows: Float[Tensor, "row d"], *, centred: bool = True) -> Units:
-        """centred: around the geometric median of the rows; otherwise SAELens' `expected_average_only_in`."""
-        rows = rows.float()
-        centre = geometric_median(rows) if centred else None
-        length = (rows if centre is None else rows - centre).norm(dim=-1).mean()
-        return cls(float(math.sqrt(rows.shape[-1]) / length), centre)
+    def none(cls, d: int) -> Units:
+        return cls(torch.zeros(d), torch.ones(d))
+
+    @classmethod
+    def of(cls, rows: Float[Tensor, "row d"], *, own: bool = True) -> Units:
+        """own: around the geometric median of the rows, each coordinate by the root of its standard deviation;
+        otherwise SAELens' `expected_average_only_in`, one factor for all."""
+        rows, d = rows.float(), rows.shape[-1]
+        centre = geometric_median(rows) if own else torch.zeros(d)
+        spread = (rows - centre).square().mean(0).sqrt() if own else torch.ones(d)
+        scale = spread.clamp(min=1e-3 * float(spread.mean())).rsqrt()
+        return cls(centre, scale * math.sqrt(d) / ((rows - centre) * scale).norm(dim=-1).mean())
 
     def __call__(self, x: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
-        return (x if self.centre is None else x - self.centre.to(x.device)) * self.factor
+        return (x - self.centre.to(x.device)) * self.scale.to(x.device)
 
-    def back(self, x: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-        return x / self.factor if self.centre is None else x / self.factor + self.centre.to(x.device)
+    def back(self, x: Float[Tensor, "*row d"]) -> Float[Tensor, "*row d"]:
+        return x / self.scale.to(x.device) + self.centre.to(x.device)
 
 
 def geometric_median(rows: Float[Tensor, "row d"], rounds: int = 50) -> Float[Tensor, " d"]:
@@ -85,9 +94,10 @@ class Training:
 
     def __init__(
         self, spec: Spec, place: Place, d_in: int, d_out: int, *, steps: int, seed: int = 0,
-        units: tuple[Units, Units] = (Units(), Units()), device: str | torch.device = "cpu",
+        units: tuple[Units, Units] | None = None, device: str | torch.device = "cpu",
     ):  # fmt: skip
-        """steps: how many there will be, for the learning rate; units: of what is read and what is written.
+        """steps: how many there will be, for the learning rate; units: of what is read and written, None: as
+        they are.
 
         Raises UserError if the learning rate rises and falls for longer than there are steps.
         """
@@ -100,7 +110,8 @@ class Training:
             raise ValueError("an SAE writes as wide as it reads")
         if place.hook_out is not None and spec.subtract:
             raise UserError("a transcoder subtracts nothing from its input; give subtract=False.")
-        self.spec, self.place, self.steps, self.units = spec, place, steps, units
+        self.spec, self.place, self.steps = spec, place, steps
+        self.units = units or (Units.none(d_in), Units.none(d_out))
         start = Weights.start(spec, d_in, d_out, torch.Generator().manual_seed(seed))
         self.weights = Weights(**{name: _parameter(x, device) for name, x in start.tensors().items()})
         self.adam = torch.optim.Adam(self.parameters, lr=spec.lr, betas=spec.betas, fused=True)
@@ -139,7 +150,8 @@ class Training:
 
     @torch.no_grad()
     def sae(self, some: Mapping[str, Float[Tensor, "row _"]], **about: Any) -> SAE:
-        """What has been learned, with decoder rows of length 1, for activations as they are.
+        """What has been learned, for activations as they are. Decoder rows have length 1 on average: in the units of
+        training all have the same length, so that the latents with the largest values are those that were chosen there.
 
         some  rows at its place. batchtopk and matryoshka have no rule for one row: they become jumprelu, with one
               threshold for all, at which so many latents are active on these rows as were in training. (SAELens takes a
@@ -147,22 +159,24 @@ class Training:
         """
         spec, w, norms = self.spec, self.weights, self.weights.norms
         read, written = self.units if self.place.hook_out is not None else (self.units[0],) * 2
-        into, out = read.factor, written.factor
-        known = {"hook_name": self.place.hook, "normalized_by": into, **about}
+        into, out = (units.scale.to(w.bias) for units in (read, written))
+        known = {"hook_name": self.place.hook, **about}
         if self.place.hook_out is not None:
             known["hook_name_out"] = self.place.hook_out
         bias = w.bias
-        if not spec.subtract and read.centre is not None:  # of an SAE, b_dec takes it away
+        if not spec.subtract:  # of an SAE, b_dec takes the centre away
             bias = bias - w.enc @ (read.centre.to(bias) * into)
-        # In the units of training the latent is v; here its decoder row has length 1, so it is v norm / out.
+        # In the units of training the latent is v and its decoder row has length `norms`.
+        dec = w.dec / norms[:, None] / out
+        size = dec.norm(dim=-1).mean()
         tensors = {
-            "W_enc": (w.enc * (norms * into / out)[:, None]).T.contiguous(),
-            "b_enc": bias * norms / out,
-            "W_dec": w.dec / norms[:, None],
+            "W_enc": (w.enc * (norms * size)[:, None] * into).T.contiguous(),
+            "b_enc": bias * norms * size,
+            "W_dec": dec / size,
             "b_dec": written.back(w.b_dec),
         }
         kind: Any = spec.architecture
-        threshold = None if w.threshold is None else w.threshold * norms / out
+        threshold = None if w.threshold is None else w.threshold * norms * size
         if spec.architecture in ("batchtopk", "matryoshka"):
             x = read(some[self.place.hook].to(w.bias.device, torch.float32))
             values = (
@@ -173,7 +187,7 @@ class Training:
                 .topk(int(spec.k * len(x)) + 1, sorted=True)
                 .values
             )
-            kind, threshold = "jumprelu", torch.full_like(w.bias, float(values[-2:].mean()) / out)
+            kind, threshold = "jumprelu", torch.full_like(w.bias, float(values[-2:].mean() * size))
         return SAE(
             kind, **{name: x.detach().clone() for name, x in tensors.items()},
             threshold=None if threshold is None else threshold.detach().clone(),

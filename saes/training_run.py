@@ -55,7 +55,7 @@ class SaeTraining:
         }
 
 
-@analysis("train-sae", version=2, model="smollm2-135m")
+@analysis("train-sae", version=3, model="smollm2-135m")
 def train_sae(
     model: LanguageModel,
     store: ActivationStore,

@@ -119,7 +119,7 @@ def test_saelens_opens_our_files_and_finds_the_same(case: str, scaled: bool, tmp
     data = rows()
     _, training = pair(case)
     if scaled:
-        training.units = (Units.of(data[0], centred=False),) * 2
+        training.units = (Units.of(data[0], own=False),) * 2
     for x in data:
         training.step({HOOK: x})
     ours = training.sae({HOOK: torch.cat(data[-5:])}, model_name="toy")
@@ -299,9 +299,35 @@ def test_units_are_folded_into_the_weights() -> None:
     assert torch.allclose(large.encode(data[0] * 100 + 5.0) / 100, latents, atol=1e-4)
     recon = small.decode(latents)
     assert torch.allclose((large.decode(latents * 100) - 5.0) / 100, recon - 5.0, atol=1e-4)
-    for centred in (False, True):
-        found = Units.of(data[0] + 5.0, centred=centred)(data[0] + 5.0)
+    for own in (False, True):
+        found = Units.of(data[0] + 5.0, own=own)(data[0] + 5.0)
         assert float(found.norm(dim=-1).mean()) == pytest.approx(D**0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "standard"])
+def test_the_sae_is_what_was_trained_where_coordinates_differ_in_size(architecture: Any) -> None:
+    """The same latents chosen and the same reconstruction as in the units of training, worked out there by hand."""
+    uneven = torch.logspace(-1, 1, D)
+    data = [x * uneven + 3 for x in rows()]
+    one = training(architecture, l1=0.01)
+    units = Units.of(data[0])
+    one.units = (units, units)
+    for x in data:
+        one.step({HOOK: x})
+    scaled = units(data[0])
+    assert float(scaled.std(0).max() / scaled.std(0).min()) == pytest.approx(10, rel=0.2)  # the root of 100
+    sae, w = one.sae({HOOK: data[0]}), one.weights
+    pre = ((scaled - w.b_dec) @ w.enc.T + w.bias) * w.norms
+    chosen = pre.relu()
+    if architecture != "standard":
+        n = one.spec.k if architecture == "topk" else one.spec.k * len(scaled)
+        flat = chosen if architecture == "topk" else chosen.flatten()[None]
+        chosen = torch.zeros_like(flat).scatter(-1, (top := flat.topk(int(n))).indices, top.values).view_as(chosen)
+    latents = sae.encode(data[0])
+    assert float(((latents > 0) == (chosen > 0)).float().mean()) > 0.9999
+    expected = units.back((chosen / w.norms) @ w.dec + w.b_dec)
+    assert torch.allclose(sae.decode(latents), expected, atol=1e-3)
+    assert float(sae.norms.mean()) == pytest.approx(1, rel=1e-5)
 
 
 def test_the_geometric_median_is_where_the_distances_are_least_and_outliers_do_not_move_it() -> None:
@@ -324,12 +350,12 @@ def test_latents_live_though_all_activations_have_much_in_common() -> None:
     """Rows that lie far from 0: without a centre most latents die."""
     far = 40 * torch.nn.functional.normalize(torch.randn(D, generator=torch.Generator().manual_seed(3)), dim=-1)
     left = {}
-    for centred in (False, True):
+    for own in (False, True):
         one = training(steps=150, aux=0.0, dead_after=50)
-        one.units = (Units.of(rows(1)[0] + far, centred=centred),) * 2
+        one.units = (Units.of(rows(1)[0] + far, own=own),) * 2
         for x in rows(150):
             one.step({HOOK: x + far})
-        left[centred] = int(one.dead.sum())
+        left[own] = int(one.dead.sum())
     assert left[True] < LATENTS // 3 and left[False] > 0.9 * LATENTS
 
 

@@ -118,7 +118,8 @@ def test_strength_decays_from_one_new_token_to_the_next(sae: SAE) -> None:
     edit = Steered.of([one], 4)
     x = torch.zeros(1, 4, 32)
     sizes = [float(edit(x[:, : 4 if step == 0 else 1]).norm(dim=-1).max()) for step in range(4)]
-    assert sizes == pytest.approx([3.0, 1.5, 0.75, 0.375], rel=1e-5)
+    whole = 3.0 * float(one.vector.norm())
+    assert sizes == pytest.approx([whole, whole / 2, whole / 4, whole / 8], rel=1e-5)
     here, end = 300 * sae.W_dec[7][None], torch.tensor([[1e-9]])  # what decays to nothing does nothing, scaling too
     for kind in ("add", "scale", "project-out"):
         assert float(steering(sae, kind).change(here, end).abs().max()) < 1e-6

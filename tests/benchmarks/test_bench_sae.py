@@ -183,7 +183,7 @@ def our_run(model: LanguageModel, documents: Text, tokens: int, hook: str, folde
         model.config.d_model,
         model.config.d_model,
         steps=steps,
-        units=(Units.of(first, centred=False),) * 2,
+        units=(Units.of(first, own=False),) * 2,
     )
     progress = Progress({"one": one}, None, {})
     progress.run(store.stream(model, rows, [hook], rows=BATCH, window=2**15))
