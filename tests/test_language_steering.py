@@ -88,10 +88,23 @@ def test_mass_is_that_of_the_softmax_and_the_planted_latent_has_all_of_it(french
 def test_the_sweep_writes_with_the_least_strength_that_does(french: LanguageModel, planted: Path) -> None:
     sae, tried = SAE.load(planted), sweep(french)
     steps = [Steering(HOOK, s, sae=sae, latent=i) for i in (3, PLANTED) for s in (1.0, 5.0, 20.0, 40.0)]
-    cells = tried.run("latent", steps, 2).cells
+    found = tried.run("latent", steps, 2)
+    cells = [cell for cell in found.cells if cell.decay == 1]
     assert [cell.mass for cell in cells] == pytest.approx([tried.masses([one])[0] for one in steps], abs=1e-6)
     written = [cell for cell in cells if cell.verdict is not None]
     assert len(written) == 2 and {cell.latent for cell in written} == {3, PLANTED}
+    # Each is written with every decay as well, and the best of all is what comes of it, with its decay.
+    ways = [(cell.latent, cell.strength, cell.decay) for cell in found.cells if cell.verdict is not None]
+    assert ways == [(cell.latent, cell.strength, decay) for cell in written for decay in language_steering.DECAYS]
+    for cell in found.cells:
+        if cell.verdict is not None:
+            one = next(one for one in steps if cell.is_of(one))
+            (text,) = tried.writing.write([replace(one, decay=cell.decay)])
+            assert language_steering.judge(text, "fr", tried.beside) == cell.verdict
+    best = found.best(steps)
+    assert (best.latent, best.strength) == (PLANTED, min(s.strength for s in written if s.latent == PLANTED))
+    strict = {cell.decay: language_steering._rank(cell) for cell in found.cells if cell.is_of(best)}
+    assert best.decay == max(strict, key=lambda decay: strict[decay])
     (mine,) = (cell for cell in written if cell.latent == PLANTED)
     most = max(cell.mass for cell in cells if cell.latent == PLANTED)
     enough = [cell.strength for cell in cells if cell.latent == PLANTED and cell.mass >= 0.9 * most]
@@ -154,7 +167,7 @@ def test_the_sweep_writes_with_the_best_of_every_layer_first(french: LanguageMod
         Steering(hook, 1.0, sae=sae, latent=i, direction=size * direction() if hook == HOOK else None)
         for hook, i, size in ((HOOK, PLANTED, 20.0), (HOOK, 9, 15.0), (early, 3, 0.0), (early, 4, 0.0))
     ]
-    cells = tried.run("latent", some, 2).cells
+    cells = [cell for cell in tried.run("latent", some, 2).cells if cell.decay == 1]
     masses = [cell.mass for cell in cells]
     assert masses[0] > masses[1] > 0.7 > max(masses[2:])
     assert [cell.verdict is not None for cell in cells[:2]] == [True, False]

@@ -127,9 +127,16 @@ def controls(best: Steering, stats: LanguageStats, wrong: Steering | None, seed:
     alike = apart.topk(min(20, len(apart)), largest=False).indices
     latent = int(alike[int(torch.randint(len(alike), (1,), generator=generator))])
     found: dict[str, Plan] = {
-        "random direction": Steering(best.hook, 1.0, direction=random / random.norm(), unit=length, scope=best.scope),
+        "random direction": Steering(
+            best.hook, 1.0, direction=random / random.norm(), unit=length, scope=best.scope, decay=best.decay
+        ),
         "random latent": Steering(
-            best.hook, 1.0, direction=sae.direction(latent) / sae.norms[latent], unit=length, scope=best.scope
+            best.hook,
+            1.0,
+            direction=sae.direction(latent) / sae.norms[latent],
+            unit=length,
+            scope=best.scope,
+            decay=best.decay,
         ),
     }
     if wrong is not None:
@@ -138,6 +145,7 @@ def controls(best: Steering, stats: LanguageStats, wrong: Steering | None, seed:
             1.0,
             direction=wrong.vector / wrong.vector.norm(),
             scope=best.scope,
+            decay=best.decay,
             unit=math.copysign(length, wrong.unit),  # towards its own language
         )
     return found

@@ -114,6 +114,7 @@ def _tried(fig: go.Figure, result: LanguageSteering) -> None:
                 marker={"size": 8, "symbol": SYMBOLS[i % len(SYMBOLS)], "color": SHADES[i % len(SHADES)].format(0.8)},
                 text=[
                     f"{escape(cell.hook)}{'' if cell.latent is None else f' latent {cell.latent}'} × {cell.strength:g}"
+                    f"{'' if cell.decay == 1 else f', decays by {cell.decay:g}'}"
                     for cell in some
                 ],
                 hovertemplate="%{text}: success %{y:.2f}, repeated %{x:.2f}<extra></extra>",

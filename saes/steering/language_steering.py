@@ -5,8 +5,9 @@ on validation prompts, and say on test prompts what it and every alternative do.
    the languages' means is at that layer, and twice as long: how much of the next token's probability then lies on
    tokens of the target language tells which of them write it at all. Those with most, a few of each SAE, are tried at
    several lengths.
-2. On validation prompts the most promising write texts. The recipe is the one with the most texts that succeed
-   strictly, of equal ones that of best score.
+2. On validation prompts the most promising write texts, with a strength that stays and with one that decays from token
+   to token: once a text is in another language it goes on in it, and what goes on pushing makes it repeat itself
+   (Xie 2025). The recipe is the one with the most texts that succeed strictly, of equal ones that of best score.
 3. The baselines get the same: every layer, their own strengths, chosen on validation prompts. Controls are as long as
    what the recipe adds.
 4. Test prompts, which nothing was chosen on, are written to once by each.
@@ -43,6 +44,7 @@ from workbench.progress import track
 from workbench.registry import analysis
 
 LENGTHS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # of latents, in lengths of the mean difference; baselines: 0.5 to 2
+DECAYS = (1.0, 0.9)  # of strength, from one new token to the next
 LOOK = (1.0, 2.0)  # at these, which latents of many; they point less straight there than the mean difference does
 RANKINGS = ("difference", "monolinguality", "langfir")
 AT_ONCE = 1024  # tokens
@@ -62,13 +64,15 @@ class Recipe:
     unit: float
     kind: str
     scope: str
+    decay: float
     target: str
     source: str
 
     def steering(self, sae: SAE) -> Steering:
         """With the SAE that it names."""
         return Steering(
-            self.hook, self.strength, self.kind, sae=sae, latent=self.latent, unit=self.unit, scope=self.scope  # type: ignore[arg-type]
+            self.hook, self.strength, self.kind, sae=sae, latent=self.latent, unit=self.unit, scope=self.scope,  # type: ignore[arg-type]
+            decay=self.decay,
         )  # fmt: skip
 
 
@@ -82,6 +86,10 @@ class Cell:
     strength: float
     mass: float
     verdict: Verdict | None = None
+    decay: float = 1.0
+
+    def is_of(self, one: Steering) -> bool:
+        return (self.hook, self.latent, self.strength) == (one.hook, one.latent, one.strength)
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,11 @@ class LanguageSteering:
             "table": {name: verdict.summary() for name, verdict in self.table.items()},
             "layers": {
                 name: {
-                    hook: [cell.strength, *(round(x or 0.0, 3) for x in (cell.verdict.plain, cell.verdict.strict))]
+                    hook: [
+                        cell.strength,
+                        cell.decay,
+                        *(round(x or 0.0, 3) for x in (cell.verdict.plain, cell.verdict.strict)),
+                    ]
                     for hook, cell in some.items()
                     if cell.verdict is not None
                 }
@@ -154,7 +166,7 @@ def _rank(cell: Cell) -> tuple[float, float, float]:
     return (cell.verdict.strict or 0.0, cell.verdict.score or 0.0, cell.mass)
 
 
-@analysis("language-steering", model="gemma-3-270m")
+@analysis("language-steering", version=2, model="gemma-3-270m")
 def language_steering(
     model: LanguageModel,
     store: ActivationStore,
@@ -182,7 +194,7 @@ def language_steering(
     text          parallel sentences for the search, see `language-latents`
     top           latents of each ranking and SAE that are tried at two lengths
     kept          latents of each SAE that are tried at every length
-    written       cells of the sweep whose texts are written and judged
+    written       cells of the sweep whose texts are written and judged, with each decay
     steps         new tokens
     temperature   of sampling
     n_validation  prompts to choose on
@@ -225,7 +237,7 @@ def language_steering(
     return LanguageSteering(
         Recipe(
             model.name, sae, chosen.hook, chosen.latent, chosen.strength, chosen.unit, chosen.kind, chosen.scope,
-            target, source,
+            chosen.decay, target, source,
         ),
         first.cells + cells.cells + tuple(cell for one in cells_of.values() for cell in one.cells),
         table, examples, side_effects(model, chosen, read), detector(target), len(ids),
@@ -302,12 +314,13 @@ def _baselines(
 
 @dataclass(frozen=True)
 class Cells:
-    """What was tried, in the order of the ways to steer."""
+    """What was tried: the mass of every way to steer, in their order, or texts of some, with each decay."""
 
     cells: tuple[Cell, ...]
 
     def best(self, tried: Sequence[Steering]) -> Steering:
-        return tried[max(range(len(tried)), key=lambda i: _rank(self.cells[i]))]
+        cell = max(self.cells, key=_rank)
+        return replace(next(one for one in tried if cell.is_of(one)), decay=cell.decay)
 
     def most(self, tried: Sequence[Steering], n: int) -> list[Steering]:
         """Of each hook point the n latents with most mass, each at the strength at which it has it."""
@@ -378,12 +391,14 @@ class Sweep:
             orders.append([group[place] for place in sorted(range(len(group)), key=lambda p: abs(p - enough))])
         turns = [order[turn] for turn in range(len(LENGTHS)) for order in orders if turn < len(order)]
         chosen = turns[:written]
-        texts = self.writing.write([tried[i] for i in chosen])
-        seen = {i: judge(text, self.target, self.beside) for i, text in zip(chosen, texts, strict=True)}
+        ways = [(i, decay) for i in chosen for decay in DECAYS]
+        texts = self.writing.write([replace(tried[i], decay=decay) for i, decay in ways])
+        seen = {way: judge(text, self.target, self.beside) for way, text in zip(ways, texts, strict=True)}
         return Cells(
             tuple(
-                Cell(method, one.hook, one.latent, one.strength, mass, seen.get(i))
+                Cell(method, one.hook, one.latent, one.strength, mass, seen.get((i, decay)), decay)
                 for i, (one, mass) in enumerate(zip(tried, masses, strict=True))
+                for decay in (DECAYS if i in chosen else (1.0,))
             )
         )
 
