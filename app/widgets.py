@@ -96,6 +96,14 @@ def literal(text: str) -> str:
     return f"{fence} {shown} {fence}"
 
 
+def verbatim(text: str) -> None:
+    """A text as it is; white space at its ends, which Streamlit takes away, as signs."""
+    inner = text.strip()
+    before, _, after = text.partition(inner) if inner else ("", "", text)
+    signs = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
+    st.code(before.translate(signs) + inner + after.translate(signs), language=None, wrap_lines=True)
+
+
 def chart(figure: Figure, key: str) -> None:
     dark = st.context.theme.type == "dark"
     figure = canvas.written_in(figure, "#f2f4f6" if dark else "#1c2127")

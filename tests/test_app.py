@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from streamlit.testing.v1 import AppTest
 
 from circuits.sparse.shipped import DATA
 from tests.test_plots import attention_result, lens_result, node_scores
-from workbench import jobs, places, registry, results, runs, settings
+from workbench import activations, jobs, places, pretrained, registry, results, runs, settings
+from workbench.models import LanguageModel
 
 MAIN = Path(__file__).parents[1] / "app" / "main.py"
 HOSTILE = (
@@ -447,3 +449,54 @@ def test_curves_of_a_job_are_drawn_and_its_words_are_never_markup() -> None:
     for element in (*app.markdown, *app.caption, *app.title, *app.subheader):
         assert not getattr(element.proto, "allow_html", False) and "<script>" not in element.value
     assert list(page("jobs").dataframe[0].value["state"]) == ["killed"]
+
+
+# ---- tasks, models, store ----
+
+
+@pytest.mark.parametrize("name", registry.tasks())
+def test_a_task_shows_prompts_as_they_are_drawn(name: str) -> None:
+    app = page("tasks", task=name, seed="3")
+    rng = random.Random(3)
+    first = registry.get_task(name).draw(rng)
+    ends = str.maketrans({"\n": "↵", " ": "␣"})
+    for code, text in zip(app.code, (first.clean, first.corrupted), strict=False):
+        inner = text.strip()
+        assert code.value == text[: text.index(inner)].translate(ends) + inner + text.rpartition(inner)[2].translate(
+            ends
+        )
+    assert len(app.code) == 10
+
+
+def test_models_and_saes_are_listed(tiny_sae: Path) -> None:
+    app = page("models")
+    names = list(app.dataframe[0].value["name"])
+    assert {"smollm2-135m", "gemma-3-270m", "pycode-small"} <= set(names)
+    assert not any(app.dataframe[0].value["here"][: len(pretrained.EMBEDDED)])
+    (settings.home() / "runs" / "train-sae-f00d").mkdir(parents=True)
+    assert "train-sae-f00d" in list(page("models").dataframe[1].value["name"])
+
+
+def test_the_store_is_shown_checked_and_emptied(tiny: LanguageModel) -> None:
+    assert page("store").code[0].value == "wb run patching --task ioi"
+    store = activations.shared()
+    tokens = [tiny.tokenize(text) for text in ("one two", "three")]
+    hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+    store.get(tiny, tokens, hooks)
+    app = page("store")
+    assert list(app.dataframe[0].value["activations"]) == [2, 2]
+    assert app.metric[0].value == "0.00 GB" and app.metric[0].help.startswith("4 activations")
+    assert [button.disabled for button in app.button] == [False, True]
+    app.selectbox("evict hook").set_value(hooks[0])
+    app.checkbox("evict sure").check().run()
+    app.button[1].click().run()
+    assert not app.exception and "Freed" in app.success[0].value
+    assert [one.hook for one in store.series()] == [hooks[1]]
+    app.button[0].click().run()
+    id = app.query_params["job"]
+    end = time.monotonic() + 90
+    while jobs.get(id).state not in jobs.ENDED:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert jobs.get(id).state == "done"
+    assert json.loads((jobs.get(id).folder / "out.json").read_text())["damaged"] == []

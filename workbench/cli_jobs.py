@@ -15,7 +15,7 @@ Id = Annotated[str, typer.Argument(help="Id of a job: see `wb job list`.")]
 
 
 @job_cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def start(context: typer.Context, command: Annotated[str, typer.Argument(help="run or extract.")]) -> None:
+def start(context: typer.Context, command: Annotated[str, typer.Argument(help="run, extract or store.")]) -> None:
     """Start a command as a job: `wb job start run patching --task ioi`. Prints its id."""
     typer.echo(jobs.start([command, *context.args]).id)
 

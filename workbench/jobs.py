@@ -37,7 +37,7 @@ from workbench.errors import UserError, unknown
 from workbench.progress import Stage
 
 State = Literal["waiting", "running", "done", "failed", "cancelled", "killed"]
-COMMANDS = ("run", "extract")
+COMMANDS = ("run", "extract", "store")
 ENDED = ("done", "failed", "cancelled", "killed")
 GRACE = 5.0  # seconds that a cancelled job has to stop by itself
 TAIL = 20_000  # bytes of a log

@@ -23,6 +23,12 @@ def alias(name: str, *targets: str) -> None:
     _aliases[name] = ",".join(targets)
 
 
+def aliases() -> dict[str, str]:
+    """All such names, and what each stands for."""
+    plugins.load()
+    return dict(sorted(_aliases.items()))
+
+
 def behind(name: str) -> str | None:
     """What a name stands for, also after the prefix of a basis (`sae:NAME`); None if it is no such name."""
     plugins.load()

@@ -113,7 +113,7 @@ def example(run: Run) -> None:
     st.subheader("Example", anchor=False)
     for side in ("clean", "corrupted"):
         st.caption(f"{side} prompt")
-        st.code(shown[side], language=None, wrap_lines=True)
+        widgets.verbatim(shown[side])
     st.markdown(f"right: {several(shown['answers'])} &emsp; wrong: {several(shown['wrong'])}")
 
 
