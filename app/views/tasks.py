@@ -23,6 +23,7 @@ st.markdown(
     "minimal change after which the task's rule no longer gives it."
 )
 if st.button("Find its circuit", type="primary", icon=":material/play_arrow:"):
+    st.session_state["extract task"] = name
     st.switch_page("views/start.py", query_params={"form": "extract"})
 rng = Random(seed)
 for _ in range(SHOWN):

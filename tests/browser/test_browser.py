@@ -182,3 +182,39 @@ def test_text_of_a_run_is_shown_and_never_run(url: str, visitor: Visitor) -> Non
     playwright.expect(page.get_by_test_id("stMain")).to_contain_text("<script>alert(1)</script>")
     assert page.locator("[data-testid=stMain] :is(script, img[src=x], a[href*=evil])").count() == 0
     visitor.is_content()
+
+
+TITLES = {
+    "start": "Start an analysis",
+    "jobs": "Jobs",
+    "tasks": "Tasks",
+    "models": "Models and SAEs",
+    "store": "Activation store",
+}
+
+
+def test_every_page_opens(url: str, visitor: Visitor, tmp_path: Path) -> None:
+    for name, title in TITLES.items():
+        visitor.page.goto(f"{url}/{name}")
+        visitor.page.get_by_role("heading", name=title, exact=True).wait_for()
+        visitor.page.locator("[data-test-script-state=notRunning]").wait_for()
+        screenshot(visitor, name, tmp_path)
+        visitor.is_content()
+
+
+def test_from_a_form_to_a_job_to_its_run(url: str, visitor: Visitor, tmp_path: Path) -> None:
+    page = visitor.page
+    page.goto(f"{url}/start?form=sparse-train")
+    for name, value in {"width": "32", "layers": "1", "tokens": "4096"}.items():
+        page.get_by_label(name, exact=True).fill(value)
+        page.get_by_label(name, exact=True).press("Enter")
+        page.get_by_test_id("stMain").get_by_text(f"--{name}={value}").wait_for()
+    page.get_by_role("button", name="Start").click()
+    page.wait_for_url("**/job?job=*")
+    page.get_by_text("All jobs").wait_for()
+    screenshot(visitor, "job", tmp_path)
+    page.get_by_role("button", name="Open the run").click()
+    page.wait_for_url("**/run?run=sparse-train-*")
+    page.get_by_text("All runs").wait_for()
+    page.locator(".js-plotly-plot").first.wait_for()
+    visitor.is_content()
