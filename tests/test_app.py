@@ -385,7 +385,7 @@ def test_a_form_says_what_is_wrong_before_anything_starts() -> None:
     for path in ("/etc", "./models", "~/x", "../../x", "sae:./x", "neurons,sae:/x", "neurons, /x"):
         app.text_input("feature-attribution basis").set_value(path).run()
         assert "is a path" in app.text[0].value and not app.button
-    assert jobs.jobs() == []
+    assert jobs.jobs() == ([], [])
 
 
 def test_what_was_computed_is_opened() -> None:

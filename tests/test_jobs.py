@@ -44,7 +44,7 @@ TRAINING = ["run", "sparse-train", "--preset", "tiny", "--width", "32", "--layer
 def one_thread(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield
-    for job in jobs.jobs():
+    for job in jobs.jobs()[0]:
         if job.state not in jobs.ENDED:
             jobs.cancel(job.id)
 
@@ -56,7 +56,7 @@ def test_a_job_gives_the_run_that_the_same_words_give(tiny_folder: str, tmp_path
     torch.set_num_threads(1)
     again = runs.run("patching", model=tiny_folder, task="ioi", n=3)
     assert again.hit and again.id == job.run
-    assert jobs.jobs() == [job] and job.command.startswith("wb run patching --model")
+    assert jobs.jobs() == ([job], []) and job.command.startswith("wb run patching --model")
     with pytest.raises(UserError, match="is done"):
         jobs.resume(job.id)
     with pytest.raises(UserError, match="not running"):
@@ -94,7 +94,7 @@ def test_a_killed_job_goes_on_where_it_was_and_a_cancelled_one_stops() -> None:
 
 def spawned(job: Job) -> int:
     lines = [json.loads(line) for line in (job.folder / "journal.jsonl").read_text().splitlines()]
-    return int(next(line["pid"] for line in reversed(lines) if line["event"] == "spawned"))
+    return int(next(line["pid"] for line in reversed(lines) if line["event"] == "process"))
 
 
 def test_jobs_wait_for_each_other_and_a_waiting_one_can_be_cancelled() -> None:
@@ -124,6 +124,25 @@ def test_a_journal_that_was_cut_off_is_read_up_to_there(tiny_folder: str) -> Non
     job = ended(jobs.start(words(tiny_folder)).id)
     with (job.folder / "journal.jsonl").open("a") as file:
         file.write('{"event": "fini')
+    assert jobs.get(job.id) == job
+
+
+def test_a_damaged_job_is_a_sentence_and_the_others_are_listed(tiny_folder: str) -> None:
+    good, bad, other = (ended(jobs.start(words(tiny_folder, "--direction", "sideways")).id) for _ in range(3))
+    (bad.folder / "job.json").write_text('{"words": 3')
+    (other.folder / "progress.json").write_text("{")
+    (other.folder / "out.json").write_text("")
+    found, (sentence,) = jobs.jobs()
+    assert {job.id for job in found} == {good.id, other.id} and bad.id in sentence and "damaged" in sentence
+    with pytest.raises(UserError, match="damaged"):
+        jobs.resume(bad.id)
+
+
+def test_a_job_that_ended_well_while_it_was_cancelled_is_done(tiny_folder: str) -> None:
+    job = ended(jobs.start(words(tiny_folder)).id)
+    journal = job.folder / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join([*lines[:-1], '{"event": "cancelled", "at": 0}\n', lines[-1]]))
     assert jobs.get(job.id) == job
 
 

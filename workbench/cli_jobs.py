@@ -23,7 +23,9 @@ def start(context: typer.Context, command: Annotated[str, typer.Argument(help="r
 @job_cli.command("list")
 def list_jobs(as_json: AsJson = False) -> None:
     """All jobs, newest first."""
-    found = jobs.jobs()
+    found, sentences = jobs.jobs()
+    for sentence in sentences:
+        typer.echo(sentence, err=True)
     show_as(
         as_json,
         {"jobs": [job.to_json() for job in found]},

@@ -3,7 +3,7 @@
 A job is a folder under WORKBENCH_HOME/jobs:
 
     job.json       the words after `wb`, and the folder and time they were given in
-    journal.jsonl  what happened, a line each: spawned, started, notes on the way, cancelled, finished
+    journal.jsonl  what happened, a line each: spawned, process, started, notes on the way, cancelled, finished
     progress.json  the bars that are open, and memory; written over
     log.txt        what the command wrote to stderr, of all attempts
     out.json       what it printed in the end
@@ -18,6 +18,7 @@ from __future__ import annotations
 import datetime
 import fcntl
 import json
+import math
 import os
 import re
 import resource
@@ -26,8 +27,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -51,7 +52,7 @@ class Job:
     state    killed: its process is gone and said nothing
     created  ISO time
     stages   open bars, the outermost first
-    seconds  that its attempts have computed, without waiting
+    seconds  that its attempts have computed, without waiting and without those that were killed
     peak     bytes of memory
     run      id of the run that came of it
     why      one sentence, where it failed
@@ -124,21 +125,24 @@ def start(words: Sequence[str], cwd: Path | None = None) -> Job:
 def resume(id: str) -> Job:
     """Start the process of a job, again if it ended. Raises UserError if it is running, or done."""
     folder = _folder(id)
-    given = json.loads((folder / "job.json").read_text())
+    given = _given(folder)
     with (folder / "lock").open("a") as lock, (folder / "log.txt").open("ab") as log:
-        if not _take(lock):
-            raise UserError(f"job {id} is running; cancel it first.")
+        end = time.monotonic() + 0.5  # who looks whether it is alive holds the lock for an instant
+        while not _take(lock):
+            if time.monotonic() > end:
+                raise UserError(f"job {id} is running; cancel it first.")
+            time.sleep(0.01)
         if get(id, alive=False).state == "done":
             raise UserError(f"job {id} is done; open its run.")
         (folder / "progress.json").unlink(missing_ok=True)
+        _write(folder, "spawned")
         # The process inherits the lock, and with the process it goes.
         with _out(folder).open("wb") as out:
-            process = subprocess.Popen(
+            subprocess.Popen(
                 [sys.executable, "-m", "workbench.jobs", id], cwd=given["cwd"], stdin=subprocess.DEVNULL, stdout=out,
                 stderr=log, start_new_session=True, pass_fds=[lock.fileno()],
                 env=os.environ | {"WORKBENCH_HOME": str(settings.home())},
             )  # fmt: skip
-        _write(folder, "spawned", pid=process.pid)
     return get(id)
 
 
@@ -147,28 +151,26 @@ def cancel(id: str) -> Job:
     job = get(id)
     if job.state in ENDED:
         raise UserError(f"job {id} is not running: it is {job.state}.")
-    pid = next(line["pid"] for line in reversed(list(_journal(job.folder))) if line["event"] == "spawned")
     _write(job.folder, "cancelled")
-    end = time.monotonic() + GRACE
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(pid, how)
-        except ProcessLookupError:
-            break
-        while _alive(job.folder) and (how == signal.SIGKILL or time.monotonic() < end):
+    while (said := _since_spawned(job.folder).get("process")) is None and _alive(job.folder):
+        time.sleep(0.02)  # it has just been spawned
+    for how, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, math.inf)):
+        end = time.monotonic() + seconds
+        if said is not None and _alive(job.folder):
+            with suppress(ProcessLookupError):
+                os.killpg(said["pid"], how)
+        while _alive(job.folder) and time.monotonic() < end:
             time.sleep(0.02)
-        if not _alive(job.folder):
-            break
     return get(id)
 
 
 def get(id: str, *, alive: bool | None = None) -> Job:
     """A job as it is now. Raises UserError if there is none of this id."""
     folder = _folder(id)
-    given = json.loads((folder / "job.json").read_text())
+    given = _given(folder)
+    alive = _alive(folder) if alive is None else alive  # first: what it writes before its end is read after it
+    state = _state(_since_spawned(folder), alive)
     lines = [line for line in _journal(folder) if line["event"] != "note"]
-    alive = _alive(folder) if alive is None else alive
-    state = _state(lines, alive)
     try:
         now = json.loads((folder / "progress.json").read_text())
     except (OSError, ValueError):
@@ -180,7 +182,8 @@ def get(id: str, *, alive: bool | None = None) -> Job:
         seconds += time.time() - started[-1]
     run = None
     if state == "done":
-        run = json.loads(_out(folder).read_text()).get("run")
+        with suppress(OSError, ValueError):
+            run = json.loads(_out(folder).read_text()).get("run")
     why = _last(folder) if state in ("failed", "killed") else ""
     return Job(
         id, folder, tuple(given["words"]), state, given["created"], len(started),
@@ -189,22 +192,35 @@ def get(id: str, *, alive: bool | None = None) -> Job:
     )  # fmt: skip
 
 
-def jobs() -> list[Job]:
-    """All jobs, newest first."""
-    return [get(path.parent.name) for path in sorted(_root().glob("*/job.json"), reverse=True)]
+def jobs() -> tuple[list[Job], list[str]]:
+    """All jobs, newest first, and a sentence for each that cannot be read."""
+    found, sentences = [], []
+    for path in sorted(_root().glob("*/job.json"), reverse=True):
+        try:
+            found.append(get(path.parent.name))
+        except UserError as error:
+            sentences.append(str(error))
+    return found, sentences
 
 
-def _state(lines: Sequence[dict[str, Any]], alive: bool) -> State:
-    last = next((line for line in reversed(lines) if line["event"] == "spawned"), None)
-    since = list(lines[lines.index(last) :]) if last else []
-    events = {line["event"]: line for line in since}
+def _state(events: Mapping[str, dict[str, Any]], alive: bool) -> State:
     if alive:
         return "running" if "started" in events else "waiting"
+    if "finished" in events and not events["finished"]["status"]:
+        return "done"
     if "cancelled" in events:
         return "cancelled"
-    if "finished" in events:
-        return "failed" if events["finished"]["status"] else "done"
-    return "killed"
+    return "failed" if "finished" in events else "killed"
+
+
+def _since_spawned(folder: Path) -> dict[str, dict[str, Any]]:
+    """What happened in the last attempt, by event."""
+    events: dict[str, dict[str, Any]] = {}
+    for line in _journal(folder):
+        if line["event"] == "spawned":
+            events.clear()
+        events[line["event"]] = line
+    return events
 
 
 # ---- files ----
@@ -221,6 +237,15 @@ def _folder(id: str) -> Path:
     if not re.fullmatch(r"[a-z0-9-]{1,99}", id) or not (folder / "job.json").is_file():
         raise unknown("job", id, [path.parent.name for path in _root().glob("*/job.json")])
     return folder
+
+
+def _given(folder: Path) -> dict[str, Any]:
+    """What the job was started with. Raises UserError if that cannot be read."""
+    try:
+        given = json.loads((folder / "job.json").read_text())
+        return {"words": [str(word) for word in given["words"]], "cwd": given["cwd"], "created": str(given["created"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"job {folder.name} is damaged ({type(error).__name__}); delete {folder}.") from error
 
 
 def _out(folder: Path) -> Path:
@@ -308,7 +333,8 @@ def work(id: str) -> int:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = _folder(id)
-    words = json.loads((folder / "job.json").read_text())["words"]
+    _write(folder, "process", pid=os.getpid())
+    words = _given(folder)["words"]
     try:
         with _place():
             _write(folder, "started")

@@ -25,7 +25,9 @@ def rows(found: list[jobs.Job]) -> list[dict[str, object]]:
 
 @st.fragment(run_every=2.0)
 def listing() -> None:
-    found = jobs.jobs()
+    found, sentences = jobs.jobs()
+    for sentence in sentences:
+        st.text(sentence)
     if not found:
         with st.container(border=True):
             st.markdown("**No jobs yet.** Start an analysis from its form, or in a terminal:")
