@@ -304,29 +304,30 @@ def test_units_are_folded_into_the_weights() -> None:
         assert float(found.norm(dim=-1).mean()) == pytest.approx(D**0.5, rel=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "standard"])
-def test_the_sae_is_what_was_trained_where_coordinates_differ_in_size(architecture: Any) -> None:
+@pytest.mark.parametrize("out", ["", "blocks.3.hook_mlp_out"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "standard", "jumprelu"])
+def test_the_sae_is_what_was_trained_where_coordinates_differ_in_size(architecture: Any, out: str) -> None:
     """The same latents chosen and the same reconstruction as in the units of training, worked out there by hand."""
     uneven = torch.logspace(-1, 1, D)
     data = [x * uneven + 3 for x in rows()]
-    one = training(architecture, l1=0.01)
-    units = Units.of(data[0])
-    one.units = (units, units)
+    one = training(architecture, STEPS, out or None, subtract=not out, l1=0.01, l0=0.01, threshold=0.1)
+    units, written = Units.of(data[0]), Units.of(data[0].flip(-1) * 30)
+    one.units = (units, written if out else units)
     for x in data:
-        one.step({HOOK: x})
+        one.step({HOOK: x, out: x.flip(-1) * 30})
     scaled = units(data[0])
     assert float(scaled.std(0).max() / scaled.std(0).min()) == pytest.approx(10, rel=0.2)  # the root of 100
     sae, w = one.sae({HOOK: data[0]}), one.weights
-    pre = ((scaled - w.b_dec) @ w.enc.T + w.bias) * w.norms
-    chosen = pre.relu()
-    if architecture != "standard":
+    pre = ((scaled if out else scaled - w.b_dec) @ w.enc.T + w.bias) * w.norms
+    chosen = pre.relu() if w.threshold is None else pre * (pre > w.threshold * w.norms)
+    if architecture in ("topk", "batchtopk"):
         n = one.spec.k if architecture == "topk" else one.spec.k * len(scaled)
         flat = chosen if architecture == "topk" else chosen.flatten()[None]
         chosen = torch.zeros_like(flat).scatter(-1, (top := flat.topk(int(n))).indices, top.values).view_as(chosen)
     latents = sae.encode(data[0])
     assert float(((latents > 0) == (chosen > 0)).float().mean()) > 0.9999
-    expected = units.back((chosen / w.norms) @ w.dec + w.b_dec)
-    assert torch.allclose(sae.decode(latents), expected, atol=1e-3)
+    expected = one.units[1].back((chosen / w.norms) @ w.dec + w.b_dec)
+    assert torch.allclose(sae.decode(latents), expected, atol=1e-3 * float(expected.abs().max()))
     assert float(sae.norms.mean()) == pytest.approx(1, rel=1e-5)
 
 
