@@ -136,6 +136,9 @@ def test_a_run_from_search_to_table(french: LanguageModel, planted: Path) -> Non
     } <= found.table.keys()
     assert all(verdict.n == 5 for verdict in found.table.values())
     assert found.recipe.hook == HOOK and found.recipe.steering(SAE.load(planted)).latent == found.recipe.latent
+    recipe = replace(found.recipe, decay=0.9, scope="generated", strength=2.5)
+    again = recipe.steering(SAE.load(planted))
+    assert all(getattr(again, name) == getattr(recipe, name) for name in ("decay", "scope", "strength", "unit", "kind"))
     assert found.detector > 0.95 and found.vocabulary > 10
     assert all(cell in found.cells for cell in found.front) and found.front
     assert set(found.effects) == set(LANGUAGES) and found.effects["fr"].plain > 0
@@ -350,13 +353,14 @@ def test_controls_are_as_long_as_what_the_latent_adds(
     stats = language_steering.statistics(
         tiny, store, sae, {n: s[:10] for n, s in corpus("search", ["en", "fr"]).items()}
     )
-    best = Steering(sae.hook, 3.0, sae=sae, latent=4, unit=-1.7)  # one that is taken away
+    best = Steering(sae.hook, 3.0, sae=sae, latent=4, unit=-1.7, scope="generated", decay=0.9)  # one taken away
     found = baselines.controls(best, stats, Steering(sae.hook, 1.0, sae=sae, latent=9, unit=2.0))
     added = best.change(torch.zeros(1, 32), torch.ones(1, 1))
     for plan in found.values():
         assert isinstance(plan, Steering)
         other = plan.change(torch.zeros(1, 32), torch.ones(1, 1))
         assert float(other.norm()) == pytest.approx(float(added.norm()), rel=1e-5)
+        assert (plan.scope, plan.decay) == ("generated", 0.9)
     alike = found["random latent"]
     assert isinstance(alike, Steering) and alike.unit > 0  # added, as a latent is
     wrong = found["wrong language"]
