@@ -409,7 +409,7 @@ def test_a_job_is_started_watched_cancelled_and_goes_on(monkeypatch: pytest.Monk
     try:
         assert jobs.get(id).words[:2] == ("run", "sparse-train")
         end = time.monotonic() + 90
-        while not jobs.get(id).stages:
+        while jobs.get(id).left is None:
             assert time.monotonic() < end
             time.sleep(0.1)
         app = page("job", job=id)
