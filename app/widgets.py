@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -71,14 +71,6 @@ def _top_heads(summary: Mapping[str, Any]) -> str:
     return "   ".join(item["head"] for item in summary.values() if isinstance(item, dict) and "head" in item)
 
 
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-
-
 def plain(text: str) -> str:
     """Text that reads the same when it is rendered as Markdown.
 
@@ -102,6 +94,12 @@ def verbatim(text: str) -> None:
     before, _, after = text.partition(inner) if inner else ("", "", text)
     signs = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
     st.code(before.translate(signs) + inner + after.translate(signs), language=None, wrap_lines=True)
+
+
+def several(answers: Sequence[str]) -> str:
+    """The first answers as Markdown code, and how many more there are."""
+    more = f" and {len(answers) - 6} more" if len(answers) > 6 else ""
+    return " ".join(literal(answer) for answer in answers[:6]) + more
 
 
 def chart(figure: Figure, key: str) -> None:

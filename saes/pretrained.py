@@ -1,7 +1,7 @@
 """SAEs by name, and a check of one on real activations.
 
-    gemma-3-270m-11            one that comes with the package
-    gemma-3-270m               all of a model that come with the package
+    a name of `shipped()`      one that comes with the package
+    the name of a model        all of a model that come with the package
     train-sae-7009520071fe     those of a run, or one of them: train-sae-7009520071fe/blocks.12.hook_resid_post
     ./folder                   files in SAELens' format
     saelens:gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical
@@ -70,6 +70,8 @@ _register()
 
 def load(spec: str) -> dict[str, SAE]:
     """SAEs by hook point. Raises UserError for names and files that there are not."""
+    if not spec:
+        raise UserError("no SAE is named; give the id of a run of train-sae, or a folder.")
     if spec.startswith(PREFIX):
         sae = _from_saelens(spec.removeprefix(PREFIX))
         return {sae.hook: sae}
@@ -158,7 +160,7 @@ def _from_saelens(name: str) -> SAE:
 def sae_basis(model: LanguageModel, argument: str) -> dict[str, Basis]:
     """SAEs by name: `sae:train-sae-...`, `sae:./folder`. Transcoders are no basis: they write elsewhere."""
     if not argument:
-        raise UserError("sae needs a name, such as sae:./folder or sae:gemma-3-270m-12.")
+        raise UserError("sae needs a name, such as sae:./folder or sae:train-sae-7009520071fe.")
     found: dict[str, Basis] = {}
     for hook, sae in load(argument).items():
         if sae.transcoder:

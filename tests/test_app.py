@@ -415,7 +415,7 @@ def test_a_job_is_started_watched_cancelled_and_goes_on(monkeypatch: pytest.Monk
         app = page("job", job=id)
         assert {metric.label: metric.value for metric in app.metric}["state"] == "running"
         (bar,) = app.get("progress")
-        assert bar.proto.text.startswith("sparse\\-train · ") and "left" in bar.proto.text
+        assert bar.proto.text.startswith("sparse\\-train · ") and bar.proto.text.endswith("left")
         assert list(page("jobs").dataframe[0].value["state"]) == ["running"]
         (button,) = app.button
         assert button.label == "Cancel"

@@ -101,6 +101,7 @@ def test_saes_of_a_run_and_of_a_folder(tiny: LanguageModel, tiny_sae: Path) -> N
     assert scores.hooks == (HOOK,) and len(scores.latents[0]) == 64
     for name, message in (
         ("train-sae-x", "there is no SAE|no SAE"),
+        ("", "no SAE is named"),
         (f"{run.id}/blocks.0.hook_mlp_out", "did you mean"),
         (str(tiny_sae.parent / "nothing"), "holds no SAE"),
         ("saelens:no-such-release/x", "SAELens cannot load"),

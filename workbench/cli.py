@@ -64,21 +64,9 @@ def _fail(message: str, status: int = 2) -> None:
 @cli.command()
 def models(as_json: AsJson = False) -> None:
     """Embedded models, and what else can be loaded."""
-    from workbench import pretrained, settings
+    from workbench import pretrained
 
-    rows = [
-        {
-            "name": name,
-            "here": (settings.home() / "models" / name / "manifest.json").is_file(),
-            "licence": p.licence,
-            "download_mb": p.megabytes,
-            "about": p.about,
-        }
-        for name, p in pretrained.EMBEDDED.items()
-    ]
-    for name, one in pretrained.local().items():
-        here = pretrained.fingerprint(name) is not None
-        rows.append({"name": name, "here": here, "licence": one.licence, "download_mb": 0, "about": one.about})
+    rows = pretrained.listing()
     more = (
         "Also any hub id (gpt2) while the hub can be reached, any local folder (./my-model), and the id of a run that "
         "trained a model."

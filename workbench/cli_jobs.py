@@ -8,6 +8,7 @@ import typer
 
 from workbench import jobs
 from workbench.jobs import Job
+from workbench.progress import duration
 from workbench.tables import AsJson, show_as, table
 
 job_cli = typer.Typer(no_args_is_help=True, help="Commands that outlive the terminal: start, watch, cancel, resume.")
@@ -30,7 +31,7 @@ def list_jobs(as_json: AsJson = False) -> None:
         as_json,
         {"jobs": [job.to_json() for job in found]},
         lambda: (
-            table(["job", "state", "done", "left", "seconds", "run"], [_row(job) for job in found])
+            table(["job", "state", "done", "left", "took", "run"], [_row(job) for job in found])
             if found
             else "no jobs yet; try: wb job start run patching --task ioi"
         ),
@@ -60,24 +61,13 @@ def resume(id: Id, as_json: AsJson = False) -> None:
 
 def _row(job: Job) -> list[str]:
     done = "" if job.share is None else f"{job.share:.0%}"
-    return [job.id, job.state, done, _time(job.left), f"{job.seconds:.0f}", job.run or job.why[:60]]
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min" if minutes > 9 else f"{minutes}:{rest:02}"
+    return [job.id, job.state, done, duration(job.left), duration(job.seconds), job.run or job.why[:60]]
 
 
 def _text(job: Job) -> str:
     lines = [f"{job.id}  {job.state}  {job.command}"]
-    for one in job.stages:
-        of = f" of {one.total:,.6g}" if one.total else ""
-        done = f"{one.n:.0%}" if one.total == 1 else f"{one.n:,.6g}{of}"
-        left = f", {_time(one.left)} left" if one.left is not None else ""
-        lines.append(f"  {one.name}  {done}{left}")
-    lines.append(f"  {job.seconds:.0f} s in {job.attempts} attempts, {job.peak / 1e6:,.0f} MB at most")
+    lines += [f"  {stage}" for stage in job.stages]
+    lines.append(f"  {duration(job.seconds)} in {job.attempts} attempts, {job.peak / 1e6:,.0f} MB at most")
     lines += [f"  {job.why}"] if job.why else []
     lines += [f"  wb show {job.run}"] if job.run else []
     return "\n".join(lines)

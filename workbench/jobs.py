@@ -82,8 +82,8 @@ class Job:
     @property
     def share(self) -> float | None:
         """What is behind, by the same bar; all of a job that is done."""
-        outer = next((one for one in self.stages if one.total), None)
-        return min(1.0, outer.n / outer.total) if outer and outer.total else 1.0 if self.state == "done" else None
+        outer = next((one.share for one in self.stages if one.share is not None), None)
+        return 1.0 if self.state == "done" else outer
 
     def notes(self) -> dict[str, list[dict[str, float]]]:
         """Points of curves by name, in the order they were noted."""
@@ -262,10 +262,8 @@ def _journal(folder: Path) -> Iterator[dict[str, Any]]:
     """Its lines, but one that a kill cut off."""
     path = folder / "journal.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with suppress(ValueError):
             yield json.loads(line)
-        except ValueError:
-            continue
 
 
 def _last(folder: Path) -> str:

@@ -112,6 +112,24 @@ def local() -> dict[str, Local]:
     return dict(sorted(_local.items()))
 
 
+def listing() -> list[dict[str, Any]]:
+    """Embedded and local models: name, whether it is here, licence, megabytes to fetch, and a line about it."""
+    rows = [
+        {
+            "name": name,
+            "here": (settings.home() / "models" / name / "manifest.json").is_file(),
+            "licence": one.licence,
+            "download_mb": one.megabytes,
+            "about": one.about,
+        }
+        for name, one in EMBEDDED.items()
+    ]
+    for name, one in local().items():
+        here = fingerprint(name) is not None
+        rows.append({"name": name, "here": here, "licence": one.licence, "download_mb": 0, "about": one.about})
+    return rows
+
+
 @dataclass(frozen=True)
 class Source:
     """A local folder of weights and the digest of its contents."""

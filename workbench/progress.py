@@ -34,6 +34,25 @@ class Stage:
         """Seconds, if it goes on as it went."""
         return None if not self.rate or self.total is None else max(0.0, self.total - self.n) / self.rate
 
+    @property
+    def share(self) -> float | None:
+        return min(1.0, self.n / self.total) if self.total else None
+
+    def __str__(self) -> str:
+        of = f" of {self.total:,.6g}" if self.total else ""
+        done = f"{self.n:.0%}" if self.total == 1 else f"{self.n:,.6g}{of}"
+        left = f" · {duration(self.left)} left" if self.left is not None else ""
+        return f"{self.name} · {done}{left}"
+
+
+def duration(seconds: float | None) -> str:
+    """For people; nothing for None."""
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
 
 class Reporter(Protocol):
     def stages(self, open: list[Stage]) -> None: ...

@@ -8,6 +8,7 @@ from app import widgets
 from workbench import jobs, plots
 from workbench.errors import UserError
 from workbench.jobs import Job
+from workbench.progress import duration
 
 ABOUT = {
     "waiting": "Waiting for another job to end.",
@@ -26,16 +27,12 @@ def show(id: str) -> None:
     if job.why:
         widgets.refusal(job.why)
     for stage in job.stages:
-        of = f" of {stage.total:,.6g}" if stage.total else ""
-        done = f"{stage.n:.0%}" if stage.total == 1 else f"{stage.n:,.6g}{of}"
-        left = f" · {widgets.duration(stage.left)} left" if stage.left is not None else ""
-        text = f"{widgets.plain(stage.name)} · {done}{left}"
-        st.progress(min(1.0, stage.n / stage.total) if stage.total else 0.0, text)
+        st.progress(stage.share or 0.0, widgets.plain(str(stage)))
     for column, (label, value) in zip(
         st.columns(4),
         [
             ("state", job.state),
-            ("time", widgets.duration(job.seconds)),
+            ("time", duration(job.seconds)),
             ("memory", f"{job.peak / 1e6:,.0f} MB"),
             ("attempts", f"{job.attempts}"),
         ],

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import streamlit as st
 
-from app import widgets
 from workbench import jobs
+from workbench.progress import duration
 
 
 def rows(found: list[jobs.Job]) -> list[dict[str, object]]:
@@ -14,8 +14,8 @@ def rows(found: list[jobs.Job]) -> list[dict[str, object]]:
             "state": job.state,
             "command": job.command,
             "done": None if job.share is None else round(job.share, 2),
-            "left": widgets.duration(job.left),
-            "took": widgets.duration(job.seconds),
+            "left": duration(job.left),
+            "took": duration(job.seconds),
             "memory": job.peak / 1e6 or None,
             "job": job.id,
         }

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import streamlit as st
 
-from workbench import places, pretrained, settings
+from workbench import places, pretrained
 
 st.title("Models and SAEs", anchor=False)
-rows = [
-    {
-        "name": name,
-        "here": (settings.home() / "models" / name / "manifest.json").is_file(),
-        "licence": one.licence,
-        "download, MB": one.megabytes,
-        "about": one.about,
-    }
-    for name, one in pretrained.EMBEDDED.items()
-]
-for name, local in pretrained.local().items():
-    here = pretrained.fingerprint(name) is not None
-    rows.append({"name": name, "here": here, "licence": local.licence, "download, MB": 0, "about": local.about})
-wide = {"about": st.column_config.TextColumn(width="large")}
-st.dataframe(rows, key="models", hide_index=True, row_height=36, column_config=wide)
+wide = st.column_config.TextColumn(width="large")
+columns: dict[str, Any] = {"download_mb": "download, MB", "about": wide}
+st.dataframe(pretrained.listing(), key="models", hide_index=True, row_height=36, column_config=columns)
 st.caption(
     "An embedded model is fetched when it is first used. Also any id of the model hub while that can be reached, and "
     "the id of a run that trained a model."
@@ -30,7 +20,7 @@ st.subheader("SAEs", anchor=False)
 saes = [{"name": name, "what": what} for name, what in places.aliases().items()]
 saes += [{"name": name, "what": "a run"} for name in places.names() if name.startswith("train-sae")]
 if saes:
-    st.dataframe(saes, key="saes", hide_index=True, row_height=36, column_config={"what": wide["about"]})
+    st.dataframe(saes, key="saes", hide_index=True, row_height=36, column_config={"what": wide})
 else:
     with st.container(border=True):
         st.markdown("**No SAEs yet.** Train some on the residual stream of a layer:")

@@ -114,12 +114,7 @@ def example(run: Run) -> None:
     for side in ("clean", "corrupted"):
         st.caption(f"{side} prompt")
         widgets.verbatim(shown[side])
-    st.markdown(f"right: {several(shown['answers'])} &emsp; wrong: {several(shown['wrong'])}")
-
-
-def several(answers: list[str]) -> str:
-    more = f" and {len(answers) - 6} more" if len(answers) > 6 else ""
-    return " ".join(widgets.literal(answer) for answer in answers[:6]) + more
+    st.markdown(f"right: {widgets.several(shown['answers'])} &emsp; wrong: {widgets.several(shown['wrong'])}")
 
 
 def further(run: Run) -> None:

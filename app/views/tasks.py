@@ -37,5 +37,4 @@ for _ in range(SHOWN):
             with column:
                 st.caption(side)
                 widgets.verbatim(text)
-                more = f" and {len(answers) - 6} more" if len(answers) > 6 else ""
-                st.markdown(" ".join(widgets.literal(answer) for answer in answers[:6]) + more)
+                st.markdown(widgets.several(answers))

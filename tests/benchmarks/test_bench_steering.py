@@ -38,7 +38,7 @@ def test_language_steering(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORKBENCH_HOME", str(shared_home))
     if GEMMA not in settings.accepted_terms():
         pytest.skip("its terms are not accepted")
-    sae = os.environ.get("STEERING_SAE") or next((r["run"] for r in shipped().values() if r["model"] == GEMMA), "")
+    sae = os.environ.get("STEERING_SAE") or (GEMMA if any(one.model == GEMMA for one in shipped().values()) else "")
     assert sae, f"no SAE of {GEMMA} comes with the package; train some (wb run train-sae) and name the run"
     targets: dict[str, Any] = {}
     chosen = os.environ.get("STEERING_TARGETS", ",".join(TARGETS[: harness.size(len(TARGETS), 1)]))
