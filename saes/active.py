@@ -14,6 +14,7 @@ Both matrices are held as [latent, width], so that all that belongs to a latent 
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 AT_ONCE = 2**14
+HAS_KERNELS = importlib.util.find_spec("triton") is not None  # not with torch's builds for CPUs
 DENSE = 1 / 16  # share of active latents from which dense products are faster on a CPU
 
 
@@ -46,7 +48,9 @@ class Active:
         """k latents of each row."""
         rows, k = latents.shape
         starts = torch.arange(0, rows * k + 1, k, device=latents.device)
-        return cls(starts, latents.reshape(-1), width)
+        made = cls(starts, latents.reshape(-1), width)
+        made.__dict__["row_of"] = torch.arange(rows, device=latents.device).repeat_interleave(k)
+        return made
 
     @classmethod
     def where(cls, chosen: Bool[Tensor, "row latent"]) -> Active:
@@ -110,9 +114,9 @@ class Active:
     @cached_property
     def _by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
         """Order of values by latent, their rows in this order, and where those of a latent begin."""
-        order = self.latents.argsort(stable=True)
-        counts = torch.bincount(self.latents, minlength=self.width)
-        return order, self.row_of[order], F.pad(counts.cumsum(0), (1, 0))[:-1]
+        latents, order = self.latents.sort(stable=True)
+        starts = torch.searchsorted(latents, torch.arange(self.width, device=latents.device))
+        return order, self.row_of[order], starts
 
     def gather(self, values: Float[Tensor, " value"], x: Float[Tensor, "row d"]) -> Float[Tensor, "latent d"]:
         """For every latent the sum over rows of value times x: the gradient of either matrix."""
@@ -121,6 +125,10 @@ class Active:
 
     def dots(self, x: Float[Tensor, "row d"], matrix: Float[Tensor, "latent d"]) -> Float[Tensor, " value"]:
         """The product of a row of x and a row of the matrix, at the active latents."""
+        if x.is_cuda and HAS_KERNELS:
+            from workbench import kernels
+
+            return kernels.dots(x, matrix, self.row_of, self.latents)
         if x.device.type == "cpu" and not torch.backends.mkl.is_available():
             chunks = zip(self.row_of.split(AT_ONCE), self.latents.split(AT_ONCE), strict=True)
             return torch.cat([(x[rows] * matrix[latents]).sum(-1) for rows, latents in chunks])

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saes.active import DENSE, Active
+from saes.active import DENSE, HAS_KERNELS, Active
 from workbench.errors import UserError, unknown
 
 Architecture = Literal["topk", "batchtopk", "matryoshka", "jumprelu", "standard"]
@@ -142,6 +142,10 @@ class Chooser:
     def topk(self, score: Float[Tensor, "row latent"], k: int) -> Active:
         """The k largest of each row. The k blocks with the largest maxima hold them, whatever else is in these."""
         rows, width = score.shape
+        if score.is_cuda and HAS_KERNELS and score.dtype == torch.float32 and width <= 2**15:
+            from workbench import kernels
+
+            return Active.fixed(kernels.topk(score, k), width)
         if width % BLOCKS or width // BLOCKS <= k:
             return Active.fixed(score.topk(k, dim=-1, sorted=False).indices, width)
         blocks = score.view(rows, BLOCKS, width // BLOCKS)  # a block: every (width / BLOCKS)th latent
@@ -172,11 +176,11 @@ def step(
     y: Float[Tensor, "row d_out"],
     spec: Spec,
     chooser: Chooser,
-    dead: Bool[Tensor, " latent"],
+    dead: Bool[Tensor, " latent"] | None,
     price: float = 1.0,
 ) -> Step:
-    """The losses of some rows, to be differentiated. y is x, or what a transcoder is to write; price: share of l1 or l0
-    that is charged by now."""
+    """The losses of some rows, to be differentiated. y is x, or what a transcoder is to write; dead: None if no
+    latent is; price: share of l1 or l0 that is charged by now."""
     before = scores(w, x, spec, chooser)
     if spec.largest:
         return _largest(w, x, y, before, spec, chooser, dead)
@@ -233,7 +237,13 @@ def _error(recon: Float[Tensor, "row d"], y: Float[Tensor, "row d"]) -> Float[Te
 
 
 def _largest(
-    w: Weights, x: Tensor, y: Tensor, score: Tensor, spec: Spec, chooser: Chooser, dead: Bool[Tensor, " latent"]
+    w: Weights,
+    x: Tensor,
+    y: Tensor,
+    score: Tensor,
+    spec: Spec,
+    chooser: Chooser,
+    dead: Bool[Tensor, " latent"] | None,
 ) -> Step:
     if spec.architecture == "topk":
         active = chooser.topk(score, int(spec.k))
@@ -252,11 +262,11 @@ def _largest(
 
 
 def _aux(
-    w: Weights, x: Tensor, left: Tensor, score: Tensor, spec: Spec, chooser: Chooser, dead: Tensor
+    w: Weights, x: Tensor, left: Tensor, score: Tensor, spec: Spec, chooser: Chooser, dead: Tensor | None
 ) -> Float[Tensor, ""]:
-    n = int(dead.sum())
-    if n == 0 or spec.aux == 0:
+    if dead is None or spec.aux == 0:
         return left.new_zeros(())
+    n = int(dead.sum())
     most = x.shape[-1] // 2
     which = dead.nonzero()[:, 0]
     found = score[:, which].topk(min(most, n), dim=-1, sorted=False).indices

@@ -131,7 +131,7 @@ def train_sae(
     held_out = texts.sequences(whole.part(held_out=True), model, length, measured, seed)
     return SaeTraining(
         {name: {key: torch.tensor(x) for key, x in curve.items()} for name, curve in progress.curves.items()},
-        _quality(model, store, folder, list(trainings), held_out),
+        _quality(model, store, folder, list(trainings), held_out, device),
         about | {"spec": dataclasses.asdict(spec), "seconds": progress.seconds},
         f"on held-out documents of {text}, without the first position of each sequence of {length}; recovered: share "
         "of the loss that zeros would cost",
@@ -154,9 +154,10 @@ def _quality(
     folder: Path,
     names: Sequence[str],
     rows: Sequence[Int[Tensor, " pos"]],
+    device: str,
 ) -> dict[str, Quality]:
     loss = plain_loss(model, rows)
-    return {name: quality(model, store, SAE.load(folder / name), rows, loss=loss) for name in names}
+    return {name: quality(model, store, SAE.load(folder / name, device), rows, loss=loss) for name in names}
 
 
 def _places(model: LanguageModel, hooks: str, out: str) -> dict[str, Place]:

@@ -1,4 +1,4 @@
-"""The device tier and training of sparse models, on a real GPU: run with `pytest -m gpu`."""
+"""The device tier, kernels, and training of sparse models and SAEs, on a real GPU: run with `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from circuits.sparse.data import train_tokenizer
 from circuits.sparse.model import SparseConfig
 from circuits.sparse.topk import AbsTopK, drop_weights, keep_weights
 from circuits.sparse.train import Recipe, Step, Training, matrices
+from saes import train as sae_train
+from saes.objectives import Spec
+from saes.train import Place, Units
 from tests.benchmarks.harness import fresh_process
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel
@@ -23,6 +26,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+if torch.cuda.is_available():
+    from workbench import kernels
 HOOKS = [block(1, "attn.hook_z"), block(2, "hook_resid_post")]
 
 
@@ -96,6 +101,21 @@ def test_what_is_kept_on_a_gpu_is_what_is_kept_on_a_cpu() -> None:
     assert torch.equal(found.cpu(), torch.autograd.grad(AbsTopK(256)(x), x, slopes)[0])
 
 
+def test_a_compiled_model_keeps_what_is_kept_on_a_cpu() -> None:
+    """In a process without the tests' type checks, which cannot be compiled."""
+    assert fresh_process(compiled_choices) == [True] * 8
+
+
+def compiled_choices() -> list[bool]:
+    few = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # many equal ones
+    return [
+        torch.equal(module(x.cuda()).cpu(), AbsTopK(k)(x))
+        for x in (few, few.bfloat16())
+        for k in (1, 256)
+        for module in (AbsTopK(k), torch.compile(AbsTopK(k)))
+    ]
+
+
 @pytest.mark.parametrize(("precision", "compile"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
 def test_a_sparse_model_trains_on_a_gpu_as_on_a_cpu(precision: str, compile: bool) -> None:
     """In a process without the tests' type checks, which cannot be compiled."""
@@ -127,3 +147,49 @@ def sparse_losses(precision: str, compile: bool) -> tuple[list[float], list[floa
                 for _, w, _, e in matrices(training.module)
             )
     return losses[0], losses[1], exact
+
+
+# ---- SAEs ----
+
+
+def test_kernels_give_what_torch_gives() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for width, k in ((100, 7), (4096, 32), (6144, 64)):
+        x = torch.randn(33, width, generator=generator).round(decimals=2).cuda()
+        found = kernels.topk(x, k)
+        assert torch.equal(x.gather(1, found).sort(-1, descending=True).values, x.topk(k).values)
+        assert bool((found.diff(dim=-1) > 0).all())
+    x, matrix = torch.randn(20, 600, generator=generator).cuda(), torch.randn(50, 600, generator=generator).cuda()
+    rows, columns = torch.arange(20).cuda().repeat_interleave(50), torch.arange(50).cuda().repeat(20)
+    torch.testing.assert_close(kernels.dots(x, matrix, rows, columns).view(20, 50), x @ matrix.T)
+
+
+@pytest.mark.parametrize("dead_after", [1000, 2])
+def test_an_sae_trains_on_a_gpu_as_on_a_cpu(dead_after: int) -> None:
+    """Also where some latents are dead; and it goes on from what it was after 10 steps."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(64, 32, generator=generator)
+    batches = [
+        torch.rand(256, 64, generator=generator) * (torch.rand(256, 64, generator=generator) < 0.1) @ directions
+        for _ in range(20)
+    ]
+    spec = Spec(latents=128, k=4, dead_after=dead_after, lr=3e-3, warm_up=4, decay=4)
+    units = Units.of(batches[0])
+
+    def training(device: str) -> sae_train.Training:
+        return sae_train.Training(spec, Place("x"), 32, 32, steps=20, units=(units, units), device=device)
+
+    def losses(one: sae_train.Training, some: list[torch.Tensor]) -> list[float]:
+        return [float(one.step({"x": x}).loss.detach()) for x in some]
+
+    here, there = training("cpu"), training("cuda")
+    expected, found = losses(here, batches), losses(there, batches[:10])
+    middle = {name: x.detach().clone().cpu() for name, x in there.state().items()}
+    found += losses(there, batches[10:])
+    assert there._replay is not None or dead_after == 2
+    assert found == pytest.approx(expected, rel=1e-3)
+    again = training("cuda")
+    again.restore(middle, 10)
+    assert losses(again, batches[10:]) == pytest.approx(found[10:], rel=1e-5)
+    sae = again.sae({"x": batches[0]})
+    torch.testing.assert_close(sae.to("cpu").W_dec, here.sae({"x": batches[0]}).W_dec, rtol=2e-2, atol=2e-2)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -120,6 +123,14 @@ def test_the_embedded_model_does_the_task(smollm: LanguageModel) -> None:
     assert logits is not None
     assert smollm.token_strings([int(logits[0, -1].argmax())]) == [" Mary"]
     assert smollm.self_check()["max_logit_difference"] < 1e-3
+
+
+@pytest.mark.slow
+def test_a_model_converted_offline_is_the_same_model(smollm: LanguageModel, tmp_path: Path) -> None:
+    script = "from workbench.models import LanguageModel; print(LanguageModel.load('smollm2-135m').fingerprint)"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "WORKBENCH_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == smollm.fingerprint
 
 
 def test_embedded_weights_that_changed_on_disk_are_refused(

@@ -160,6 +160,12 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         module.is_quantized = False
         module.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    # The library writes down that it was told to stay offline, which is not the model's and would change its digest.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    if "local_files_only" in config:
+        config["local_files_only"] = False
+        path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
 
 
 def describe(module: CausalLM) -> ModelConfig:

@@ -9,11 +9,13 @@ ordered as the numbers are where these are not negative, in pieces that stay in 
     weights      a sample tells between which two values the threshold nearly surely lies; only the entries between the
                  two are searched for it. Where the sample misled, all are.
 
-On a GPU `torch.topk` does both. All select the same entries, but for the order in which equal ones are left out.
+On a GPU a kernel of our own selects activations (`workbench.kernels`), and `torch.topk` weights. All select the same
+entries; of equal weights, others may be left out.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -30,6 +32,7 @@ from workbench.errors import UserError
 
 SAMPLE = 1 << 13  # weights, at most, that tell roughly where the threshold of a large matrix lies
 PIECE = 1 << 18  # entries that are worked on at once: fewer, and threads wait for the interpreter
+HAS_KERNELS = importlib.util.find_spec("triton") is not None  # not with torch's builds for CPUs
 RUN = 512  # the longest run that is sorted wholly by vector instructions
 
 Array = npt.NDArray[Any]
@@ -50,6 +53,11 @@ class AbsTopK(nn.Module):
         if x.device.type == "cpu":
             kept: Tensor = _on_cpu(x, self.k)
             return kept
+        if x.is_cuda and HAS_KERNELS and x.shape[-1] <= 2**15:
+            from workbench import kernels
+
+            chosen: Tensor = kernels.abs_topk(x, self.k)[0]
+            return chosen
         return torch.where(largest(x.detach().abs(), self.k), x, 0)
 
     def extra_repr(self) -> str:

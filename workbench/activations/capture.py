@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -50,15 +50,22 @@ def plan(
 
 
 class Captured:
-    """What a pass read, on its way to the host.
+    """What a pass read, on its way to the host, and how long the pass took.
 
     From a GPU the copies run on a stream of their own, into pinned memory, while the next pass computes.
     """
 
-    def __init__(self, found: Mapping[str, Tensor]):
-        self._host = dict(found)
+    def __init__(self, pass_: Callable[[], Mapping[str, Tensor]], device: torch.device):
         self._arrived: torch.cuda.Event | None = None
-        device = next(iter(found.values())).device
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        started = time.perf_counter()
+        for event in events[:1]:
+            event.record()
+        found = pass_()
+        for event in events[1:]:
+            event.record()
+        self._events, self._seconds = events, time.perf_counter() - started
+        self._host = dict(found)
         if device.type == "cuda":
             stream = _side_stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
@@ -75,6 +82,13 @@ class Captured:
             self._arrived.synchronize()
         return self._host
 
+    def seconds(self) -> float:
+        """Of the pass; on a GPU, which it is asked to do and not waited for, by the GPU's own clock."""
+        if self._events:
+            self._events[1].synchronize()
+            return float(self._events[0].elapsed_time(self._events[1])) / 1000
+        return self._seconds
+
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -87,8 +101,12 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 def run(model: LanguageModel, tokens: Tensor, hooks: Sequence[str], edit: Edits | None) -> Captured:
     """One forward pass."""
-    found = model.run(tokens, capture=hooks, edit=edit, logits="none")
-    return Captured({hook: found[hook] for hook in hooks})
+
+    def found() -> dict[str, Tensor]:
+        run = model.run(tokens, capture=hooks, edit=edit, logits="none")
+        return {hook: run[hook] for hook in hooks}
+
+    return Captured(found, model.device)
 
 
 def check_numbers(model: LanguageModel, hook: str, x: Tensor) -> None:
@@ -115,8 +133,8 @@ class Clock:
     flops: float = 0.0
     _guess: dict[str, float] = field(default_factory=dict)
 
-    def note(self, config: ModelConfig, tokens: Tensor, hooks: Sequence[str], seconds: float) -> None:
-        work = len(tokens) * flops(config, tokens.shape[1], layers(hooks))
+    def note(self, config: ModelConfig, sequences: int, pos: int, hooks: Sequence[str], seconds: float) -> None:
+        work = sequences * flops(config, pos, layers(hooks))
         if work >= _TELLING:
             self.seconds += seconds
             self.flops += work
@@ -128,6 +146,8 @@ class Clock:
         kind = f"{model.device}/{model.dtype}"
         if kind not in self._guess:
             a = torch.randn(1024, 1024, device=model.device, dtype=model.dtype)
+            if model.device.type == "cuda":
+                float((a @ a).sum())  # a GPU's first product loads the library for it
             started = time.perf_counter()
             float((a @ a @ a).sum())
             self._guess[kind] = 2 * 2 * 1024**3 / (time.perf_counter() - started)

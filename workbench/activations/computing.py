@@ -115,27 +115,25 @@ class Computing:
     def _pass(self, batch: Planned) -> capture.Captured:
         request = self._request
         tokens = torch.stack([request.tokens[sequence] for sequence in batch.sequences])
-        started = time.perf_counter()
-        captured = capture.run(request.model, tokens, batch.hooks, request.edit)
-        seconds = time.perf_counter() - started
         self._count("forward_passes", 1)
-        self._count("seconds_computing", seconds)
-        self._clock.note(request.model.config, tokens, batch.hooks, seconds)
-        return captured
+        return capture.run(request.model, tokens, batch.hooks, request.edit)
 
     def _keep(self, batch: Planned, captured: capture.Captured) -> Iterator[Row]:
         """Store what a pass gave. What comes out is what was stored, be it ours or another process's."""
         request = self._request
         entries: list[NewEntry] = []
         rows: dict[Key, tuple[Tensor, float]] = {}
-        for hook, x in captured.host().items():
+        host, seconds = captured.host(), captured.seconds()
+        self._count("seconds_computing", seconds)
+        length = len(request.tokens[batch.sequences[0]])
+        self._clock.note(request.model.config, len(batch.sequences), length, batch.hooks, seconds)
+        for hook, x in host.items():
             capture.check_numbers(request.model, hook, x)
             encoded = codecs.encode(x, self._codec)
             for n, sequence in enumerate(batch.sequences):
                 key = Key(request.scopes[hook], sequence)
                 rows[key] = (encoded.decoded[n], encoded.errors[n])
                 entries.append(NewEntry(key, encoded.pieces[n], tuple(x.shape[1:]), encoded.errors[n]))
-        length = len(request.tokens[batch.sequences[0]])
         how = Pass(request.model.name, f"{len(batch.sequences)}x{length}", torch.get_num_threads())
         scope = request.scopes[batch.hooks[0]]
         claims = [keys.pass_digest(scope, sequence) for sequence in batch.sequences]
