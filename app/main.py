@@ -20,6 +20,7 @@ page = st.navigation(
         st.Page("views/models.py", title="Models and SAEs", url_path="models"),
         st.Page("views/store.py", title="Store", url_path="store"),
         st.Page("views/run.py", title="Run", url_path="run", visibility="hidden"),
+        st.Page("views/circuit.py", title="Circuit", url_path="circuit", visibility="hidden"),
         st.Page("views/job.py", title="Job", url_path="job", visibility="hidden"),
     ],
     position="top",

@@ -11,7 +11,7 @@ from typing import Any
 import streamlit as st
 from plotly.graph_objects import Figure
 
-from workbench import canvas, places, runs
+from workbench import canvas, jobs, places, runs
 from workbench.errors import UserError
 from workbench.runs import Run
 
@@ -102,7 +102,41 @@ def several(answers: Sequence[str]) -> str:
     return " ".join(literal(answer) for answer in answers[:6]) + more
 
 
-def chart(figure: Figure, key: str) -> None:
+def chart(figure: Figure, key: str, select: bool = False) -> str | None:
+    """Draw a figure; with `select`, what a clicked point is called."""
     dark = st.context.theme.type == "dark"
     figure = canvas.written_in(figure, "#f2f4f6" if dark else "#1c2127")
-    st.plotly_chart(figure, key=key, config={"displaylogo": False, "modeBarButtons": [["toImage"]]})
+    config = {"displaylogo": False, "modeBarButtons": [["toImage"]]}
+    if not select:
+        st.plotly_chart(figure, key=key, config=config)
+        return None
+    event = st.plotly_chart(figure, key=key, config=config, on_select="rerun", selection_mode="points")
+    named = [point["customdata"] for point in event.selection.points if point.get("customdata")]
+    return str(named[0] if isinstance(named[0], str) else named[0][0]) if named else None
+
+
+def start(words: Sequence[str], label: str) -> None:
+    """A button that starts a command as a job; while it runs, how far it is. The page is drawn again when it ends."""
+    command, key = "wb " + " ".join(words), f"job of {' '.join(words)}"
+    id = st.session_state.get(key)
+    if id is None:
+        if st.button(label, key=f"start {key}", type="primary", icon=":material/play_arrow:", help=plain(command)):
+            st.session_state[key] = jobs.start(list(words)).id
+            st.rerun()
+        return
+
+    @st.fragment(run_every=1.0)
+    def live() -> None:
+        job = jobs.get(id)
+        if job.state == "done":
+            del st.session_state[key]
+            st.rerun()
+        if job.why:
+            refusal(job.why)
+        for stage in job.stages:
+            st.progress(stage.share or 0.0, plain(str(stage)))
+        if not job.stages and job.state not in jobs.ENDED:
+            st.progress(0.0, "starting")
+        st.page_link("views/job.py", label="Its job", icon=":material/settings:", query_params={"job": id})
+
+    live()

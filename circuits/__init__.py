@@ -11,6 +11,7 @@ from circuits import features as features
 from circuits import figures as figures
 from circuits import ig_activations as ig_activations
 from circuits import intervention as intervention
+from circuits import judging as judging
 from circuits import masks as masks
 from circuits import patching as patching
 from circuits import path_patching as path_patching

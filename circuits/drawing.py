@@ -85,7 +85,7 @@ def _graph(circuit: Circuit, unit: str) -> go.Figure:
     for i in sorted(order, key=lambda i: abs(float(weights[i]))):
         source, destination = graph.sources[graph.edges[i, 0]], graph.destinations[graph.edges[i, 1]]
         port = destination[-2] if destination.endswith(">") else ""
-        strength = abs(float(weights[i])) / largest if largest else 1.0
+        strength = math.sqrt(abs(float(weights[i])) / largest) if largest else 1.0
         (x0, y0), (x1, y1) = places[source], places[node_of(destination)]
         bend = 0.12 * (y1 - y0) if abs(x1 - x0) < 0.2 and y1 - y0 > 1 else 0.0  # not through the nodes between
         fig.add_trace(
@@ -114,13 +114,17 @@ def _graph(circuit: Circuit, unit: str) -> go.Figure:
             text=[escape(name) for name in names],
             textposition="top center",
             textfont={"size": 10},
-            hoverinfo="skip",
+            customdata=names,
+            hovertemplate="%{customdata}<extra></extra>",
             showlegend=False,
         )
     )
     for port, words in (("q", "into queries"), ("k", "into keys"), ("v", "into values"), ("", "into MLPs and logits")):
         line = {"color": PORT_COLOURS.get(port, OTHER).format(1), "width": 2}
         fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name=words))
+    if bool((weights[circuit.kept] < 0).any()):
+        line = {"color": OTHER.format(1), "width": 2, "dash": "dot"}
+        fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name="below 0"))
     rows = max(y for _, y in places.values())
     left = min(x for x, _ in places.values()) - 0.7
     for y, layer in {places[name][1]: _layer(name) for name in circuit.nodes if name.startswith("a")}.items():
@@ -170,13 +174,15 @@ def _(result: Curve) -> str:
 
 @figure.register
 def report_figure(result: Report) -> go.Figure:
-    """How much each node of the circuit is needed; beside it the circuit among random ones."""
+    """How faithful the circuit is without each node; beside it the circuit among random ones."""
     order = result.minimality.argsort(descending=True).tolist()[:40]
     fig = make_subplots(rows=1, cols=2, column_widths=[0.65, 0.35], horizontal_spacing=0.12)
     bar = {"marker_color": canvas.POSITIVE.format(0.85), "marker_line_width": 0, "showlegend": False}
     fig.add_trace(
-        go.Bar(x=[result.nodes[i] for i in order], y=canvas.cells(result.minimality[order]), **bar), row=1, col=1
+        go.Bar(x=[result.nodes[i] for i in order], y=canvas.cells(result.without[order]), **bar), row=1, col=1
     )
+    line = {"color": canvas.FAINT, "dash": "dot"}
+    fig.add_hline(y=result.faithfulness, line=line, row=1, col=1)
     random = {"mode": "markers", "marker": {"color": OTHER.format(0.6), "size": 7}, "showlegend": False}
     fig.add_trace(
         go.Scatter(x=canvas.cells(result.random), y=[0.0] * len(result.random), name="random", **random), row=1, col=2
@@ -189,7 +195,7 @@ def report_figure(result: Report) -> go.Figure:
             name="the circuit",
         ), row=1, col=2,
     )  # fmt: skip
-    fig.update_yaxes(title_text="change without it", row=1, col=1)
+    fig.update_yaxes(title_text="faithfulness without it", row=1, col=1)
     fig.update_xaxes(title_text="faithfulness", row=1, col=2)
     fig.update_yaxes(tickvals=[0, 1], ticktext=["random", "circuit"], range=[-0.6, 1.6], row=1, col=2)
     return canvas.finish(fig, 260)

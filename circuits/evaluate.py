@@ -213,7 +213,7 @@ def curve(
     """Faithfulness of the best-scored edges, or nodes with all edges between them, at several sizes."""
     graph = Graph.of(model.config)
     total = len(scores.scores)
-    sizes = [int(fraction * total) for fraction in fractions]
+    sizes = [int(fraction * total + 1e-6) for fraction in fractions]
     kept = torch.stack([best(graph, scores, n, absolute) for n in sizes])
     found = faithfulness(model, batch, store, graph, kept, ablation=ablation, fit=fit, ends=ends)
     level = "edges" if isinstance(scores, EdgeScores) else "nodes"
@@ -314,35 +314,43 @@ class Report:
     """One circuit, judged.
 
     faithfulness, completeness, incompleteness   as in the module's docstring, with 95 % over prompts for the first
-    minimality      of each node of the circuit
+    nodes, without  its nodes, and how faithful it is without each; minimality: how far that is from the whole circuit's
     random          faithfulness of random circuits with as many nodes (or edges) of each layer
     """
 
     nodes: tuple[str, ...]
+    n_nodes: int
     n_edges: int
     faithfulness: float
     low: float
     high: float
     completeness: float
     incompleteness: float
-    minimality: Float[Tensor, " node"]
+    without: Float[Tensor, " node"]
     random: Float[Tensor, " draw"]
     whole: float
     nothing: float
     definition: str
 
+    @property
+    def minimality(self) -> Float[Tensor, " node"]:
+        return (self.without - self.faithfulness).abs()
+
     def summary(self) -> dict[str, Any]:
         weak = sorted(zip(self.minimality.tolist(), self.nodes, strict=True))[:5]
         return {
-            "n_nodes": len(self.nodes),
+            "n_nodes": self.n_nodes,
             "n_edges": self.n_edges,
             "faithfulness": round(self.faithfulness, 4),
             "faithfulness_95": [round(self.low, 4), round(self.high, 4)],
             "completeness": round(self.completeness, 4),
             "incompleteness": round(self.incompleteness, 4),
             "least_needed": [[name, round(value, 4)] for value, name in weak],
-            "random_mean": round(float(self.random.mean()), 4),
-            "random_max": round(float(self.random.max()), 4),
+            **(
+                {"random_mean": round(float(self.random.mean()), 4), "random_max": round(float(self.random.max()), 4)}
+                if len(self.random)
+                else {}
+            ),
             "whole": round(self.whole, 4),
             "nothing": round(self.nothing, 4),
             "definition": self.definition,
@@ -359,33 +367,36 @@ def report(
     fit: Batch | None = None,
     subsets: int = 20,
     random: int = 20,
+    each: bool = True,
     seed: int = 0,
 ) -> Report:
-    """Judge a circuit on prompts that it was not found on."""
+    """Judge a circuit on prompts that it was not found on; each: also without each of its nodes."""
     graph, nodes = circuit.graph, circuit.nodes
     if not nodes:
         raise UserError("the circuit has no nodes besides input and logits; there is nothing to judge.")
+    apart = nodes if each else []
     generator = torch.Generator().manual_seed(seed)
     without = _without(graph)
     picks = [[n for n in nodes if torch.rand((), generator=generator) < 0.5] for _ in range(subsets)]
     kept = [circuit.kept, ~circuit.kept]
-    kept += [circuit.kept & without({name}) for name in nodes]
+    kept += [circuit.kept & without({name}) for name in apart]
     for some in picks:
         kept += [circuit.kept & without(set(some)), without(set(some))]
     kept += [_random_like(circuit, generator) for _ in range(random)]
     found = faithfulness(model, batch, store, graph, torch.stack(kept), ablation=ablation, fit=fit, seed=seed)
     f = found.value
-    first = 2 + len(nodes)
+    first = 2 + len(apart)
     pairs = f[first : first + 2 * subsets].unflatten(0, (subsets, 2))
     return Report(
-        nodes=tuple(nodes),
+        nodes=tuple(apart),
+        n_nodes=len(nodes),
         n_edges=len(circuit),
         faithfulness=float(f[0]),
         low=float(found.low[0]),
         high=float(found.high[0]),
         completeness=1 - float(f[1]),
         incompleteness=float((pairs[:, 0] - pairs[:, 1]).abs().mean()) if subsets else 0.0,
-        minimality=(f[2:first] - f[0]).abs(),
+        without=f[2:first],
         random=f[first + 2 * subsets :],
         whole=found.whole,
         nothing=found.nothing,

@@ -30,6 +30,7 @@ from circuits.writes import Ablation, Writes, copies, stored_past
 from workbench import sites
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel, Resume
+from workbench.progress import track
 from workbench.prompts import Batch
 
 COPY_BYTES = 512 * 10**6  # of what all sources write, over the copies that are run together
@@ -74,7 +75,8 @@ class Wiring:
         keep = keep.to(self.model.device, self.model.dtype)
         if grad:
             return _Pass(self, keep, grad).logits()
-        return torch.cat([_Pass(self, some, grad).logits() for some in keep.split(self.max_copies())])
+        some = keep.split(self.max_copies())
+        return torch.cat([_Pass(self, one, grad).logits() for one in track(some, "circuits", silent=len(some) < 4)])
 
 
 class Sums(NamedTuple):
@@ -246,7 +248,8 @@ def metric(
 ) -> Float[Tensor, "copy batch"]:
     """The task's metric per prompt when only some edges are kept, for each way of cutting."""
     out = torch.empty(len(keep), len(batch))
-    for part, some in batch.parts(PROMPTS_AT_ONCE):
+    parts = list(batch.parts(PROMPTS_AT_ONCE))
+    for part, some in track(parts, "prompts", silent=len(parts) < 4):
         logits = Wiring(model, store, some, ablation, whole=batch).run(keep)
         out[:, part] = torch.stack([some.score(rows.cpu()) for rows in logits])
     return out

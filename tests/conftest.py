@@ -32,7 +32,7 @@ from circuits.sparse.model import SparseConfig, SparseTransformer
 from circuits.sparse.train import Recipe
 from saes.objectives import Spec
 from saes.train import Place, Training, Units
-from workbench import cli, places, registry, settings, texts
+from workbench import cli, places, registry, runs, settings, texts
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel
 from workbench.tasks.python_code import TASKS
@@ -215,6 +215,9 @@ def on(tiny: LanguageModel, sparse_coder: LanguageModel, bridged_coder: Language
         task = {} if analysis.task is None else {"task": "with_as" if name in of_sparse else "ioi", "n": 6}
         more = {"sparse-bridge": {"dense": bridged_coder.name}, "latents": {"sae": str(tiny_sae)}}
         more |= dict.fromkeys(("language-latents", "language-steering", "language-heads"), more["latents"])
+        if name in ("judge", "judge-sizes"):
+            found = runs.run("eap", model=tiny, task="ioi", n=6)
+            more[name] = {"found": found.id, "seed": 1} | ({"size": 20, "subsets": 2} if name == "judge" else {})
         more = more.get(name, {})
         return model | task | more | QUICK.get(name, {})
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import On
-from workbench import prompts, registry, results, runs
+from workbench import prompts, registry, results, runs, settings
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
@@ -45,7 +45,10 @@ def test_contract_of_every_analysis(name: str, on: On, tmp_path: Path, monkeypat
     again = runs.run(name, **few)
     assert again.hit and again.forward_passes == 0 and again.summary == first.summary
     stored = first.result
+    earlier = settings.home() / "runs"
     monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path / "other"))
+    if "found" in few:  # another run, which it is about
+        shutil.copytree(earlier / few["found"], settings.home() / "runs" / few["found"])
     fresh = runs.run(name, store=ActivationStore(tmp_path / "other-store"), **few).result
     assert isinstance(fresh, chosen.result)
     encoded, arrays = results.encode(fresh)

@@ -10,6 +10,7 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from app import widgets
+from circuits import judging
 from workbench import canvas, plots, registry, runs
 from workbench.errors import UserError
 from workbench.lenses import AttentionResult, LensResult
@@ -26,6 +27,8 @@ def show(run: Run, top: DeltaGenerator) -> None:
     strip(run)
     widgets.chart(plots.figure(result), key="figure")
     definition(run)
+    if judging.has_circuit(result) and "task" in run.record["key"]:
+        st.page_link("views/circuit.py", label="Open as a circuit", icon=":material/hub:", query_params={"run": run.id})
     for table in plots.tables(result):
         st.subheader(table.title, anchor=False)
         cells = {widgets.plain(name): list(map(widgets.plain, column)) for name, column in table.columns.items()}

@@ -1,0 +1,103 @@
+"""The circuit page, on runs of a model that comes with the package."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from circuits import judging
+from tests.test_app import HOSTILE, MAIN, edit, folder, save, text
+from tests.test_plots import lens_result, node_scores
+from workbench import runs
+from workbench.runs import Run
+
+ON: dict[str, Any] = {"model": "pycode-small-dense", "task": "with_as", "n": 16}
+
+
+def page(id: str | None, **query: str) -> AppTest:
+    app = AppTest.from_file(str(MAIN), default_timeout=60).run()
+    app.switch_page("views/circuit.py")
+    for name, value in (({} if id is None else {"run": id}) | query).items():
+        app.query_params[name] = value
+    app.run()
+    assert not app.exception, app.exception[0].message
+    return app
+
+
+def metrics(app: AppTest) -> dict[str, str]:
+    return {metric.label: metric.value for metric in app.metric}
+
+
+@pytest.fixture
+def found() -> Run:
+    return runs.run("eap", **ON)
+
+
+def test_a_circuit_from_its_scores_to_the_ablation_of_a_node(found: Run) -> None:
+    app = page(found.id)
+    assert "faithfulness" not in metrics(app)
+    assert {button.label for button in app.button} == {"Measure faithfulness", "Ablate", "Judge it"}
+    curve = runs.run("judge-sizes", seed=1, found=found.id, **ON).result
+    app = page(found.id)
+    size = int(app.query_params["size"])  # the smallest that is faithful
+    faithful = dict(zip(curve.items.tolist(), curve.faithfulness.value.tolist(), strict=True))
+    assert faithful[size] >= 0.9 > max(value for n, value in faithful.items() if n < size)
+    circuit = judging.circuit_of(found, size)
+    assert metrics(app)["edges"] == f"{len(circuit):,}" and metrics(app)["heads and MLPs"] == str(len(circuit.nodes))
+    assert float(metrics(app)["faithfulness"]) == pytest.approx(faithful[size], abs=0.006)
+    node = circuit.nodes[-1]
+    less = {"without": node, "each": False, "subsets": 0, "random": 0, "size": size}
+    report = runs.run("judge", seed=1, found=found.id, **less, **ON).result
+    app = page(found.id, size=str(size), node=node, without=node)
+    assert float(metrics(app)["faithfulness without"]) == pytest.approx(report.faithfulness, abs=0.006)
+    assert [button.label for button in app.button] == ["Judge it"]
+    assert app.selectbox[0].value == node and app.multiselect[0].value == [node]
+
+
+def test_the_slider_moves_graph_and_numbers(found: Run) -> None:
+    runs.run("judge-sizes", seed=1, found=found.id, **ON)
+    app = page(found.id, size="100")
+    before = metrics(app)
+    app.select_slider[0].set_value(500).run()
+    assert not app.exception and app.query_params["size"] == "500"
+    assert metrics(app)["edges"] != before["edges"] and metrics(app)["faithfulness"] != before["faithfulness"]
+
+
+def test_a_found_circuit_has_no_sizes() -> None:
+    run = runs.run("extract", method="eap", size=100, **ON)
+    app = page(run.id)
+    assert not app.select_slider and metrics(app)["edges"] == str(len(run.result))
+    assert app.selectbox[0].options == run.result.nodes
+
+
+def test_scores_of_nodes_have_sizes_and_no_graph() -> None:
+    app = page(save(node_scores()))
+    assert app.select_slider and not app.selectbox and app.get("plotly_chart")
+
+
+@pytest.mark.parametrize(
+    ("id", "says"),
+    [(None, "No run is chosen"), ("../../x", "No run is called"), ("<script>", "No run is called")],
+)
+def test_no_such_run_is_a_sentence(id: str | None, says: str) -> None:
+    assert says in text(page(id))
+
+
+def test_a_run_without_circuit_is_a_sentence() -> None:
+    assert "found no circuit of them" in text(page(save(lens_result(), "logit-lens")))
+
+
+@pytest.mark.parametrize("size", ["-1", "1e9", "x", HOSTILE])
+def test_an_address_changed_by_hand_is_taken_as_none(found: Run, size: str) -> None:
+    app = page(found.id, size=size, node=HOSTILE, without=f"{HOSTILE},a9.h9")
+    assert app.query_params["size"] == "50"
+    assert app.multiselect[0].value == [] and HOSTILE not in text(app)
+
+
+def test_a_damaged_record_is_a_sentence(found: Run) -> None:
+    record = json.loads((folder(found.id) / "record.json").read_text())
+    edit(found.id, key={**record["key"], "n": "many"})
+    assert "damaged" in text(page(found.id))
