@@ -102,7 +102,7 @@ def latents(
     store: ActivationStore,
     seed: int,
     *,
-    sae: str = "",
+    sae: str = "smollm2-135m",
     hook: str = "",
     which: str = "",
     text: str = texts.HELP,

@@ -95,7 +95,7 @@ def language_heads(
     store: ActivationStore,
     seed: int,
     *,
-    sae: str = "",
+    sae: str = "gemma-3-270m",
     hook: str = "",
     latent: int | None = None,
     target: str = "fr",

@@ -172,7 +172,7 @@ def language_steering(
     store: ActivationStore,
     seed: int,
     *,
-    sae: str = "",
+    sae: str = "gemma-3-270m",
     target: str = "fr",
     source: str = "en",
     text: str = OWN,

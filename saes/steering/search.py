@@ -204,7 +204,7 @@ def language_latents(
     store: ActivationStore,
     seed: int,
     *,
-    sae: str = "",
+    sae: str = "gemma-3-270m",
     hook: str = "",
     targets: str = "fr,es,de,it,pt,ja,zh,ru",
     source: str = "en",

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from circuits.sparse.shipped import DATA
+from saes.pretrained import DATA as SAES
 from tests.test_app import HOSTILE, MAIN, save
 from tests.test_plots import attention_result, lens_result, node_scores
 
@@ -27,7 +28,7 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium: apt-get install chromium"),
 ]
-SHIPPED = len(list((DATA / "runs").iterdir()))
+SHIPPED = sum(len(list((folder / "runs").iterdir())) for folder in (DATA, SAES))
 ALL = SHIPPED + 3
 SIZE = {"width": 1280, "height": 800}
 # Below a page's own address Streamlit first asks for its two start-up files there, and then at the root.

@@ -1,0 +1,66 @@
+"""SAEs that come with the package are what their runs say, and fit the models that they are of."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens import SAE as LensSAE
+
+from saes.pretrained import DATA, fit, load, shipped
+from workbench import places, pretrained, runs, settings
+from workbench.activations import ActivationStore
+from workbench.models import LanguageModel
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.fixture(autouse=True)
+def runs_of_the_package() -> None:
+    places.ship(DATA / "runs")
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_name_is_an_sae_of_its_run(name: str) -> None:
+    one = shipped()[name]
+    run = runs.get_run(one.run)
+    (sae,) = load(name).values()
+    assert (sae.hook, sae.n_latents, one.model) == (one.hook, 4096, run.record["model_name"])
+    assert load(one.model)[one.hook].about == sae.about and one.model in pretrained.EMBEDDED
+    assert all(bool(x.isfinite().all()) for x in sae.tensors().values())
+    size = (DATA / "runs" / one.run / "files" / one.hook / "sae_weights.safetensors").stat().st_size
+    assert size <= 16e6
+    found = run.result.quality[one.hook].summary()
+    (row,) = re.findall(rf"^\| `{name}` \|(.+)\|$", README, re.M)
+    assert [cell.strip() for cell in row.split("|")] == [
+        f"{found['l0']:.1f}", f"{found['fvu']:.3f}", f"{found['dead']:.1%}".replace("%", " %"),
+        f"{found['loss']:.3f}", f"{found['spliced']:.3f}", f"{found['recovered']:.1%}".replace("%", " %"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_saelens_opens_it_with_equal_outputs(name: str) -> None:
+    (sae,) = load(name).values()
+    theirs = LensSAE.load_from_disk(DATA / "runs" / shipped()[name].run / "files" / sae.hook, dtype="float32")
+    x = torch.randn(20, len(sae.b_dec), generator=torch.Generator().manual_seed(0)) * 30 + sae.b_dec
+    torch.testing.assert_close(theirs(x), sae.decode(sae.encode(x)), rtol=1e-5, atol=1e-3)
+
+
+def test_that_of_the_default_model_fits_it(smollm: LanguageModel, store: ActivationStore) -> None:
+    """On everyday sentences in nine languages, which are no help pages."""
+    (sae,) = load("smollm2-135m").values()
+    found = fit(smollm, store, sae)
+    assert found["l0"] == pytest.approx(32, abs=0.1) and found["fvu"] < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, one in shipped().items() if one.model == "gemma-3-270m"])
+def test_those_of_gemma_fit_it(name: str, shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBENCH_HOME", str(shared_home))
+    if "gemma-3-270m" not in settings.accepted_terms():
+        pytest.skip("its terms are not accepted")
+    (sae,) = load(name).values()
+    found = fit(LanguageModel.load("gemma-3-270m"), None, sae)
+    assert found["l0"] == pytest.approx(32, abs=0.1) and found["fvu"] < 0.4
