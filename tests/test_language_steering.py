@@ -15,12 +15,14 @@ from torch import Tensor
 
 from saes.sae import SAE
 from saes.steering import baselines, language_steering
+from saes.steering import sweep as sweeps
 from saes.steering.evaluate import Unsteered, Written, bits, glance, judge, prompts, write
-from saes.steering.language_steering import Sweep, Writing, as_long, candidates, own_tokens
+from saes.steering.language_steering import as_long, candidates, own_tokens
 from saes.steering.languages import LANGUAGES
 from saes.steering.parallel import corpus
 from saes.steering.side_effects import bits_of_text, side_effects
 from saes.steering.steer import Steering
+from saes.steering.sweep import Sweep, Writing
 from workbench import runs, texts
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
@@ -95,20 +97,41 @@ def test_the_sweep_writes_with_the_least_strength_that_does(french: LanguageMode
     assert len(written) == 2 and {cell.latent for cell in written} == {3, PLANTED}
     # Each is written with every decay as well, and the best of all is what comes of it, with its decay.
     ways = [(cell.latent, cell.strength, cell.decay) for cell in found.cells if cell.verdict is not None]
-    assert ways == [(cell.latent, cell.strength, decay) for cell in written for decay in language_steering.DECAYS]
+    assert ways == [(cell.latent, cell.strength, decay) for cell in written for decay in sweeps.DECAYS]
     for cell in found.cells:
         if cell.verdict is not None:
             one = next(one for one in steps if cell.is_of(one))
             (text,) = tried.writing.write([replace(one, decay=cell.decay)])
-            assert language_steering.judge(text, "fr", tried.beside) == cell.verdict
+            assert sweeps.judge(text, "fr", tried.beside) == cell.verdict
     best = found.best(steps)
     assert (best.latent, best.strength) == (PLANTED, min(s.strength for s in written if s.latent == PLANTED))
-    strict = {cell.decay: language_steering._rank(cell) for cell in found.cells if cell.is_of(best)}
+    strict = {cell.decay: sweeps.rank(cell) for cell in found.cells if cell.is_of(best)}
     assert best.decay == max(strict, key=lambda decay: strict[decay])
     (mine,) = (cell for cell in written if cell.latent == PLANTED)
     most = max(cell.mass for cell in cells if cell.latent == PLANTED)
     enough = [cell.strength for cell in cells if cell.latent == PLANTED and cell.mass >= 0.9 * most]
     assert mine.strength == min(enough)
+
+
+def test_around_the_best_other_strengths_and_decays_are_written_and_the_best_of_all_is_chosen(
+    french: LanguageModel, planted: Path
+) -> None:
+    sae, tried = SAE.load(planted), sweep(french)
+    steps = [Steering(HOOK, s, sae=sae, latent=i) for i in (3, PLANTED) for s in (1.0, 20.0)]
+    first = tried.run("latent", steps, 4)
+    best = max((cell for cell in first.cells if cell.verdict is not None), key=sweeps.rank)
+    ways = first.around(steps, 1)
+    assert {one.latent for one in ways} == {best.latent}
+    finer = {(best.strength * f, d) for f in sweeps.FINER for d in sweeps.FINER_DECAYS}
+    written = {(cell.strength, cell.decay) for cell in first.cells if cell.latent == best.latent}
+    assert {(one.strength, one.decay) for one in ways} == finer - written and len(ways) == len(finer - written)
+    assert len({one.latent for one in first.around(steps, 2)}) == 2
+    cells, chosen = tried.choose("latent", steps, 4, 1)
+    ranked = max(cells.cells, key=sweeps.rank)
+    assert (chosen.latent, chosen.strength, chosen.decay) == (ranked.latent, ranked.strength, ranked.decay)
+    assert len(cells.cells) == len(first.cells) + len(ways)
+    (text,) = tried.writing.write([chosen])
+    assert sweeps.judge(text, "fr", tried.beside) == ranked.verdict
 
 
 def test_a_run_from_search_to_table(french: LanguageModel, planted: Path) -> None:

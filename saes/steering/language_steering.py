@@ -7,9 +7,10 @@ on validation prompts, and say on test prompts what it and every alternative do.
    several lengths.
 2. On validation prompts the most promising write texts, with a strength that stays and with one that decays from token
    to token: once a text is in another language it goes on in it, and what goes on pushing makes it repeat itself
-   (Xie 2025). The recipe is the one with the most texts that succeed strictly, of equal ones that of best score.
-3. The baselines get the same: every layer, their own strengths, chosen on validation prompts. Controls are as long as
-   what the recipe adds.
+   (Xie 2025). Around the best of them, other strengths and decays are written too. The recipe is the one with the most
+   texts that succeed strictly, of equal ones that of best score.
+3. The baselines get the same: every layer, their own strengths, those around the best, chosen on validation prompts.
+   Controls are as long as what the recipe adds.
 4. Test prompts, which nothing was chosen on, are written to once by each.
 5. What the latent does to text in each language, steered and taken away, tells whether it is that language's alone.
 """
@@ -22,33 +23,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from saes.evaluate import by_length
 from saes.pretrained import fit, load
 from saes.sae import SAE
 from saes.steering import baselines, languages
-from saes.steering.evaluate import Unsteered, Verdict, Written, judge, prompts, write
+from saes.steering.evaluate import Verdict, prompts
 from saes.steering.languages import identify
 from saes.steering.parallel import OWN, both_in, corpus
 from saes.steering.search import LanguageStats, best, prepare, scores, statistics
 from saes.steering.side_effects import Bits, side_effects
-from saes.steering.steer import Plan, Steered, Steering
-from workbench import parts, sites
+from saes.steering.steer import Plan, Steering
+from saes.steering.sweep import LENGTHS, Cell, Cells, Sweep, Writing, rank
+from workbench import parts
 from workbench.activations import ActivationStore
-from workbench.backend import Resume
 from workbench.errors import UserError
 from workbench.models import LanguageModel
-from workbench.progress import track
 from workbench.registry import analysis
 
-LENGTHS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # of latents, in lengths of the mean difference; baselines: 0.5 to 2
-DECAYS = (1.0, 0.9)  # of strength, from one new token to the next
 LOOK = (1.0, 2.0)  # at these, which latents of many; they point less straight there than the mean difference does
 RANKINGS = ("difference", "monolinguality", "langfir")
-AT_ONCE = 1024  # tokens
-MOST = 0.9  # of the mass that a latent can have
 OWNED = 0.9  # share of a token's occurrences in one language from which it counts as that language's
 
 
@@ -74,22 +69,6 @@ class Recipe:
             self.hook, self.strength, self.kind, sae=sae, latent=self.latent, unit=self.unit, scope=self.scope,  # type: ignore[arg-type]
             decay=self.decay,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One way to steer, on validation prompts."""
-
-    method: str
-    hook: str
-    latent: int | None
-    strength: float
-    mass: float
-    verdict: Verdict | None = None
-    decay: float = 1.0
-
-    def is_of(self, one: Steering) -> bool:
-        return (self.hook, self.latent, self.strength) == (one.hook, one.latent, one.strength)
 
 
 @dataclass(frozen=True)
@@ -131,7 +110,7 @@ class LanguageSteering:
     def layers(self) -> dict[str, dict[str, Cell]]:
         """By method and hook point the best cell with texts; chosen and told on the same prompts: a little too good."""
         found: dict[str, dict[str, Cell]] = {cell.method: {} for cell in self.cells}
-        for cell in sorted((cell for cell in self.cells if cell.verdict is not None), key=_rank):
+        for cell in sorted((cell for cell in self.cells if cell.verdict is not None), key=rank):
             found[cell.method][cell.hook] = cell
         return found
 
@@ -159,14 +138,7 @@ class LanguageSteering:
         }
 
 
-def _rank(cell: Cell) -> tuple[float, float, float]:
-    """Most strict success, then best score; what wrote nothing last."""
-    if cell.verdict is None:
-        return (-1.0, 0.0, cell.mass)
-    return (cell.verdict.strict or 0.0, cell.verdict.score or 0.0, cell.mass)
-
-
-@analysis("language-steering", version=2, model="gemma-3-270m")
+@analysis("language-steering", version=3, model="gemma-3-270m")
 def language_steering(
     model: LanguageModel,
     store: ActivationStore,
@@ -193,7 +165,7 @@ def language_steering(
     source        language of the prompts
     text          parallel sentences for the search, see `language-latents`
     top           latents of each ranking and SAE that are tried at two lengths
-    kept          latents of each SAE that are tried at every length
+    kept          latents of each SAE that are tried at every length; around so many in all finer ones are tried
     written       cells of the sweep whose texts are written and judged, with each decay
     steps         new tokens
     temperature   of sampling
@@ -217,14 +189,12 @@ def language_steering(
     latents = [as_long(one, x * lengths[hook]) for hook in bases for one in found[hook] for x in LOOK]
     first = parts.once("search", Cells, lambda: sweep.look("latent", latents))
     tried = [as_long(one, x * lengths[one.hook]) for one in first.most(latents, kept) for x in LENGTHS]
-    cells = parts.once("latents", Cells, lambda: sweep.run("latent", tried, written))
-    chosen = cells.best(tried)
-    plain = {name: [one.at(s) for one in some for s in (0.5, 1.0, 1.5, 2.0)] for name, some in directions.items()}
-    cells_of = {
-        name: parts.once(f"baseline-{name}", Cells, lambda name=name, some=some: sweep.run(name, some, written // 2))  # type: ignore[misc]
-        for name, some in plain.items()
-    }
-    plans: dict[str, Plan] = {"latent": chosen, **{name: cells_of[name].best(plain[name]) for name in plain}}
+    cells, chosen = sweep.choose("latent", tried, written, kept)
+    plans: dict[str, Plan] = {"latent": chosen}
+    for name, some in directions.items():
+        plain = [one.at(s) for one in some for s in (0.5, 1.0, 1.5, 2.0)]
+        more, plans[name] = sweep.choose(name, plain, written // 2, 1)
+        cells = Cells(cells.cells + more.cells)
     neurons = baselines.lape(model, parallel, target, source)
     plans |= {"LAPE": neurons} if neurons else {}
     others = [name for name in parallel if name not in (target, source)]
@@ -239,7 +209,7 @@ def language_steering(
             model.name, sae, chosen.hook, chosen.latent, chosen.strength, chosen.unit, chosen.kind, chosen.scope,
             chosen.decay, target, source,
         ),
-        first.cells + cells.cells + tuple(cell for one in cells_of.values() for cell in one.cells),
+        first.cells + cells.cells,
         table, examples, side_effects(model, chosen, read), detector(target), len(ids),
         f"{steps} new tokens at temperature {temperature:g} after {len(test.given)} test prompts, chosen on "
         f"{len(chance.given)} others; similarity by {encoder}",
@@ -310,135 +280,6 @@ def _baselines(
         for name, one in some.items():
             found.setdefault(name, []).append(one)
     return found
-
-
-@dataclass(frozen=True)
-class Cells:
-    """What was tried: the mass of every way to steer, in their order, or texts of some, with each decay."""
-
-    cells: tuple[Cell, ...]
-
-    def best(self, tried: Sequence[Steering]) -> Steering:
-        cell = max(self.cells, key=_rank)
-        return replace(next(one for one in tried if cell.is_of(one)), decay=cell.decay)
-
-    def most(self, tried: Sequence[Steering], n: int) -> list[Steering]:
-        """Of each hook point the n latents with most mass, each at the strength at which it has it."""
-        found: dict[str, dict[int | None, Steering]] = {one.hook: {} for one in tried}
-        for i in sorted(range(len(tried)), key=lambda i: -self.cells[i].mass):
-            some = found[tried[i].hook]
-            if len(some) < n:
-                some.setdefault(tried[i].latent, tried[i])
-        return [one for some in found.values() for one in some.values()]
-
-
-@dataclass(frozen=True)
-class Writing:
-    """Texts on some prompts, always by the same chance."""
-
-    model: LanguageModel
-    given: Sequence[str]
-    steps: int
-    temperature: float
-    seed: int
-    encoder: str = "e5"
-
-    def write(self, plans: Sequence[Plan]) -> list[Written]:
-        return write(self.model, self.given, plans, self.steps, temperature=self.temperature, seed=self.seed)
-
-    def unsteered(self) -> Unsteered:
-        return Unsteered.of(
-            self.model, self.given, self.steps, temperature=self.temperature, seed=self.seed, encoder=self.encoder
-        )
-
-    def report(
-        self, plans: Mapping[str, Plan], target: str
-    ) -> tuple[dict[str, Verdict], dict[str, tuple[tuple[str, str], ...]]]:
-        """Verdicts and examples by method, with prompting and nothing at all beside."""
-        beside = self.unsteered()
-        told = replace(self, given=baselines.instructed(self.given, target)).write([None])[0]
-        texts = dict(zip(plans, self.write(list(plans.values())), strict=True))
-        texts |= {"prompting": replace(told, prompts=tuple(self.given)), "none": beside.again}
-        return (
-            {name: judge(one, target, beside, self.model) for name, one in texts.items()},
-            {name: tuple(zip(one.prompts[:5], one.texts[:5], strict=True)) for name, one in texts.items()},
-        )
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Ways to steer on validation prompts: the mass of all, texts of the most promising."""
-
-    writing: Writing
-    target: str
-    ids: Int[Tensor, " token"]
-    beside: Unsteered
-
-    def run(self, method: str, tried: Sequence[Steering], written: int) -> Cells:
-        """written: how many are written with. Of each layer and latent first the least strength that has most of what
-        mass it can have, then those around it; layers and latents in turn, so that none takes all the places, the best
-        latent of every layer before any other."""
-        masses = self.masses(tried)
-        groups: dict[tuple[str, int | None], list[int]] = {}
-        for i, one in enumerate(tried):
-            groups.setdefault((one.hook, one.latent), []).append(i)
-        orders = []
-        ranked = sorted(groups, key=lambda group: -max(masses[i] for i in groups[group]))
-        first = {hook: (hook, latent) for hook, latent in reversed(ranked)}  # the best of each layer
-        for group in (groups[one] for one in sorted(ranked, key=lambda one: one != first[one[0]])):
-            most = max(masses[i] for i in group)
-            enough = next(place for place, i in enumerate(group) if masses[i] >= MOST * most)
-            orders.append([group[place] for place in sorted(range(len(group)), key=lambda p: abs(p - enough))])
-        turns = [order[turn] for turn in range(len(LENGTHS)) for order in orders if turn < len(order)]
-        chosen = turns[:written]
-        ways = [(i, decay) for i in chosen for decay in DECAYS]
-        texts = self.writing.write([replace(tried[i], decay=decay) for i, decay in ways])
-        seen = {way: judge(text, self.target, self.beside) for way, text in zip(ways, texts, strict=True)}
-        return Cells(
-            tuple(
-                Cell(method, one.hook, one.latent, one.strength, mass, seen.get((i, decay)), decay)
-                for i, (one, mass) in enumerate(zip(tried, masses, strict=True))
-                for decay in (DECAYS if i in chosen else (1.0,))
-            )
-        )
-
-    def look(self, method: str, tried: Sequence[Steering]) -> Cells:
-        """The masses alone."""
-        masses = self.masses(tried)
-        return Cells(
-            tuple(Cell(method, one.hook, one.latent, one.strength, x) for one, x in zip(tried, masses, strict=True))
-        )
-
-    def masses(self, tried: Sequence[Steering]) -> list[float]:
-        """Of each way to steer the probability of the next token on tokens of the target language, mean over prompts.
-        Prompts of one length and ways at one hook point run together, from that point on."""
-        model, totals = self.writing.model, torch.zeros(len(tried))
-        sequences = [model.tokenize(text) for text in self.writing.given]
-        for rows in track(by_length(sequences, AT_ONCE), "first tokens"):
-            for hook in dict.fromkeys(one.hook for one in tried):
-                plain = model.run(rows, capture=[hook], logits="none")[hook]
-                mine = torch.tensor([i for i, one in enumerate(tried) if one.hook == hook])
-                for some in mine.split(max(1, AT_ONCE // rows.numel())):
-                    edit = Steered.of([tried[int(i)] for i in some for _ in rows], rows.shape[1])
-                    logits = self._from(hook, rows.repeat(len(some), 1), edit, plain)
-                    totals[some] += self._share(logits[:, -1]).view(len(some), len(rows)).sum(1).cpu()
-        return (totals / len(sequences)).tolist()
-
-    def _from(
-        self, hook: str, rows: Int[Tensor, "row pos"], edit: Steered, plain: Float[Tensor, "prompt pos d"]
-    ) -> Float[Tensor, "row one vocab"]:
-        """Logits after the last token; plain: what the hook point has unsteered, on each prompt once."""
-        model, (layer, name) = self.writing.model, sites.split(hook)
-        if name == "hook_resid_post" and layer is not None and layer + 1 < model.config.n_layers:
-            start = Resume(layer + 1, edit(plain.repeat(len(rows) // len(plain), 1, 1)))
-            logits = model.run(rows, start=start, logits="last").logits
-        else:
-            logits = model.run(rows, edit={hook: edit}, logits="last").logits
-        assert logits is not None
-        return logits
-
-    def _share(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
-        return logits.float().softmax(-1)[:, self.ids.to(logits.device)].sum(-1)
 
 
 def detector(target: str) -> float:
