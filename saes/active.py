@@ -14,7 +14,6 @@ Both matrices are held as [latent, width], so that all that belongs to a latent 
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,8 +24,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench import gpu
+
 AT_ONCE = 2**14
-HAS_KERNELS = importlib.util.find_spec("triton") is not None  # not with torch's builds for CPUs
 DENSE = 1 / 16  # share of active latents from which dense products are faster on a CPU
 
 
@@ -125,7 +125,7 @@ class Active:
 
     def dots(self, x: Float[Tensor, "row d"], matrix: Float[Tensor, "latent d"]) -> Float[Tensor, " value"]:
         """The product of a row of x and a row of the matrix, at the active latents."""
-        if x.is_cuda and HAS_KERNELS:
+        if gpu.has_kernels(x):
             from workbench import kernels
 
             return kernels.dots(x, matrix, self.row_of, self.latents)

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saes.active import DENSE, HAS_KERNELS, Active
+from saes.active import DENSE, Active
+from workbench import gpu
 from workbench.errors import UserError, unknown
 
 Architecture = Literal["topk", "batchtopk", "matryoshka", "jumprelu", "standard"]
@@ -142,7 +143,7 @@ class Chooser:
     def topk(self, score: Float[Tensor, "row latent"], k: int) -> Active:
         """The k largest of each row. The k blocks with the largest maxima hold them, whatever else is in these."""
         rows, width = score.shape
-        if score.is_cuda and HAS_KERNELS and score.dtype == torch.float32 and width <= 2**15:
+        if gpu.has_kernels(score) and score.dtype == torch.float32:
             from workbench import kernels
 
             return Active.fixed(kernels.topk(score, k), width)

@@ -32,10 +32,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saes import objectives
-from saes.active import HAS_KERNELS
 from saes.objectives import Chooser, Spec, Weights
 from saes.sae import SAE
-from workbench import parts, processes, progress
+from workbench import gpu, parts, processes, progress
 from workbench.errors import UserError
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -159,7 +158,7 @@ class Training:
 
     def _can_be_replayed(self, x: Tensor) -> bool:
         """After some steps in the ordinary way, which make what a replay uses: kernels, moments, memory."""
-        if not x.is_cuda or self.spec.architecture != "topk" or processes.count() > 1 or not HAS_KERNELS:
+        if not gpu.has_kernels(x) or self.spec.architecture != "topk" or processes.count() > 1:
             return False
         if self._replay is not None:
             return self._replay.x.shape == x.shape

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDEST = 2**15  # of a row, which is held in registers
+from workbench.gpu import WIDEST
 
 
 @triton.jit

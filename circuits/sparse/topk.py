@@ -15,7 +15,6 @@ entries; of equal weights, others may be left out.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -28,11 +27,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from workbench import gpu
 from workbench.errors import UserError
 
 SAMPLE = 1 << 13  # weights, at most, that tell roughly where the threshold of a large matrix lies
 PIECE = 1 << 18  # entries that are worked on at once: fewer, and threads wait for the interpreter
-HAS_KERNELS = importlib.util.find_spec("triton") is not None  # not with torch's builds for CPUs
 RUN = 512  # the longest run that is sorted wholly by vector instructions
 
 Array = npt.NDArray[Any]
@@ -53,7 +52,7 @@ class AbsTopK(nn.Module):
         if x.device.type == "cpu":
             kept: Tensor = _on_cpu(x, self.k)
             return kept
-        if x.is_cuda and HAS_KERNELS and x.shape[-1] <= 2**15:
+        if gpu.has_kernels(x):
             from workbench import kernels
 
             chosen: Tensor = kernels.abs_topk(x, self.k)[0]

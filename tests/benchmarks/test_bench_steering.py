@@ -1,7 +1,9 @@
 """Language steering of gemma-3-270m: the single latent, every baseline and every control, in seven languages. An hour
 on two cores; each language is a run of its own, so that a second start goes on.
 
-    pytest tests/benchmarks/test_bench_steering.py -m slow    (STEERING_SAE=train-sae-... for other SAEs than the package's)
+    pytest tests/benchmarks/test_bench_steering.py -m slow
+
+STEERING_SAE=train-sae-... takes other SAEs than those of the package, STEERING_TARGETS=fr,ja some languages.
 
 Before the first whole run it was seen that a single latent at up to four times its measured difference hardly writes
 French or Japanese (best plain success on validation prompts .63 and .27; DiffMean 1.00 and .97): that difference is a

@@ -21,6 +21,7 @@ from circuits.sparse.shipped import DATA
 from saes.pretrained import DATA as SAES
 from tests.test_app import HOSTILE, MAIN, save
 from tests.test_plots import attention_result, lens_result, node_scores
+from workbench import runs
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[dev]'")
 CHROMIUM = Path("/usr/bin/chromium")
@@ -219,3 +220,34 @@ def test_from_a_form_to_a_job_to_its_run(url: str, visitor: Visitor, tmp_path: P
     page.get_by_text("All runs").wait_for()
     page.locator(".js-plotly-plot").first.wait_for()
     visitor.is_content()
+
+
+def test_from_scores_to_the_ablation_of_a_node_and_back_by_its_address(
+    url: str, visitor: Visitor, tmp_path: Path
+) -> None:
+    """Real jobs on a model of the package: faithfulness at each size, a node picked in the graph, and without it."""
+    found = runs.run("eap", model="pycode-small-dense", task="with_as", n=16)
+    page = visitor.page
+    page.goto(f"{url}/run?run={found.id}")
+    page.get_by_text("Open as a circuit").click()
+    page.wait_for_url("**/circuit?*")
+    page.get_by_role("button", name="Measure faithfulness").click()
+    page.get_by_text("metric of the model").wait_for()
+    page.goto(f"{url}/circuit?run={found.id}&size=100&node=m1&without=m1")
+    page.get_by_text("it is read by").wait_for()
+    page.locator("[data-test-script-state=notRunning]").wait_for()
+    dots = page.locator(".js-plotly-plot").first.locator("path.point")
+    box = dots.nth(1).bounding_box()  # of the first node above the input
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.wait_for_url("**node=a0.h*")
+    page.get_by_role("button", name="Ablate").click()
+    page.get_by_text("faithfulness without").wait_for()
+    screenshot(visitor, "circuit", tmp_path)
+    visitor.is_content()
+    address, shown = page.url, page.get_by_test_id("stMetricValue").all_text_contents()
+
+    fresh = Visitor(page.context.browser.new_context(viewport=SIZE).new_page(), url)
+    fresh.page.goto(address)
+    fresh.page.get_by_text("faithfulness without").wait_for()
+    assert fresh.page.get_by_test_id("stMetricValue").all_text_contents() == shown
+    fresh.is_content()
