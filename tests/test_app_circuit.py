@@ -97,6 +97,12 @@ def test_an_address_changed_by_hand_is_taken_as_none(found: Run, size: str) -> N
     assert app.multiselect[0].value == [] and HOSTILE not in text(app)
 
 
+def test_a_model_in_a_folder_is_for_the_terminal(found: Run) -> None:
+    edit(found.id, model_name="./models/mine; rm x")
+    app = page(found.id)
+    assert not app.button and "--model=./models/mine; rm x'" in app.code[0].value
+
+
 def test_a_damaged_record_is_a_sentence(found: Run) -> None:
     record = json.loads((folder(found.id) / "record.json").read_text())
     edit(found.id, key={**record["key"], "n": "many"})

@@ -3,6 +3,7 @@ without some. Addressed by ?run=<id>&size=&node=&without=."""
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import streamlit as st
@@ -11,7 +12,7 @@ from app import widgets
 from circuits import judging
 from circuits.evaluate import Curve, Report
 from circuits.graph import Circuit, EdgeScores
-from workbench import canvas, plots, runs
+from workbench import canvas, plots, runs, texts
 from workbench.errors import UserError
 from workbench.runs import Run
 from workbench.scores import NodeScores
@@ -35,7 +36,12 @@ def computed(analysis: str, on: dict[str, Any], why: str, label: str) -> Any:
     if found is not None:
         return found.result
     st.markdown(why)
-    widgets.start(["run", analysis, *(f"--{name.replace('_', '-')}={value}" for name, value in on.items())], label)
+    words = ["run", analysis, *(f"--{name.replace('_', '-')}={value}" for name, value in on.items())]
+    if str(on["model"]).startswith(texts.PATHS):
+        st.markdown("Its model is a folder, and the app opens none; start this in a terminal:")
+        st.code(shlex.join(["wb", *words]), language="bash", wrap_lines=True)
+    else:
+        widgets.start(words, label)
     return None
 
 
