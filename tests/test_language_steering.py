@@ -169,8 +169,12 @@ def test_a_run_from_search_to_table(french: LanguageModel, planted: Path) -> Non
         mine = [cell for cell in found.cells if cell.method == name and cell.verdict is not None]
         for hook, best in some.items():
             assert best.verdict is not None
-            strict = [cell.verdict.strict for cell in mine if cell.hook == hook and cell.verdict is not None]
-            assert best.verdict.strict == max(strict)
+            both = [
+                (cell.verdict.strict or 0.0) + (cell.verdict.score or 0.0)
+                for cell in mine
+                if cell.hook == hook and cell.verdict
+            ]
+            assert (best.verdict.strict or 0.0) + (best.verdict.score or 0.0) == max(both)
     assert set(found.layers) == {"latent", "DiffMean", "PCA", "probe", "three latents"}
     verdicts, written = tables(found)
     assert set(verdicts.columns["method"]) == set(found.table) and len(written.columns["latent"]) == 5

@@ -7,8 +7,8 @@ on validation prompts, and say on test prompts what it and every alternative do.
    several lengths.
 2. On validation prompts the most promising write texts, with a strength that stays and with one that decays from token
    to token: once a text is in another language it goes on in it, and what goes on pushing makes it repeat itself
-   (Xie 2025). Around the best of them, other strengths and decays are written too. The recipe is the one with the most
-   texts that succeed strictly, of equal ones that of best score.
+   (Xie 2025). Around the best of them, other strengths and decays are written too. The recipe is the one with the
+   largest sum of strict success and score, the harmonic mean of plain success and fidelity.
 3. The baselines get the same: every layer, their own strengths, those around the best, chosen on validation prompts.
    Controls are as long as what the recipe adds.
 4. Test prompts, which nothing was chosen on, are written to once by each.

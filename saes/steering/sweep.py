@@ -42,11 +42,12 @@ class Cell:
         return (self.hook, self.latent, self.strength) == (one.hook, one.latent, one.strength)
 
 
-def rank(cell: Cell) -> tuple[float, float, float]:
-    """Most strict success, then best score; what wrote nothing last."""
+def rank(cell: Cell) -> tuple[float, float]:
+    """By strict success and score together, which pull apart: the strongest write the language and lose the meaning.
+    What wrote nothing comes last."""
     if cell.verdict is None:
-        return (-1.0, 0.0, cell.mass)
-    return (cell.verdict.strict or 0.0, cell.verdict.score or 0.0, cell.mass)
+        return (-1.0, cell.mass)
+    return ((cell.verdict.strict or 0.0) + (cell.verdict.score or 0.0), cell.mass)
 
 
 @dataclass(frozen=True)
