@@ -125,12 +125,15 @@ def start(words: Sequence[str], label: str) -> None:
             st.rerun()
         return
 
-    @st.fragment(run_every=1.0)
+    active = jobs.get(id).state not in jobs.ENDED
+
+    @st.fragment(run_every=1.0 if active else None)
     def live() -> None:
         job = jobs.get(id)
         if job.state == "done":
             del st.session_state[key]
-            st.rerun()
+        if job.state == "done" or (active and job.state in jobs.ENDED):
+            st.rerun()  # the whole page, which is no longer polled then
         if job.why:
             refusal(job.why)
         for stage in job.stages:

@@ -36,6 +36,15 @@ def test_sizes_rise_to_the_whole_model(tiny: LanguageModel, store: ActivationSto
     assert "prompts of another seed" in curve.definition
 
 
+def test_a_share_of_all_is_the_size_that_it_is_of(tiny: LanguageModel, store: ActivationStore) -> None:
+    """Also where share times all is a rounding error below."""
+    scores = runs.run("eap", model=tiny, **ON).result
+    total = len(scores.scores)
+    sizes = [n for n in range(total) if int(n / total * total) != n][:3]
+    curve = evaluate.curve(tiny, drawn(tiny), store, scores, fractions=[n / total for n in sizes])
+    assert sizes and curve.items.tolist() == sizes
+
+
 def test_a_circuit_without_a_node_has_that_nodes_edges_cut(tiny: LanguageModel, store: ActivationStore) -> None:
     found = runs.run("eap", model=tiny, **ON)
     graph = Graph.of(tiny.config)

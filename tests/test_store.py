@@ -14,7 +14,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from workbench.activations import ActivationStore, codecs
+from workbench.activations import ActivationStore, capture, codecs
 from workbench.activations.disk import Disk, NewEntry, Pass
 from workbench.activations.index import Place
 from workbench.activations.keys import Key, Scope, sequence_digests
@@ -369,6 +369,17 @@ def test_manifest_tells_what_an_entry_is_and_how_it_was_made(tiny: LanguageModel
         store.show(hook=Z)
     with pytest.raises(UserError, match="letters other than"):
         store.show(sequence="xyz")
+
+
+def test_a_pass_is_clocked_with_its_work_and_its_time(
+    tiny: LanguageModel, store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By which `estimate` tells seconds."""
+    monkeypatch.setattr(capture, "_TELLING", 0)
+    rows = torch.randint(300, (3, 7), generator=torch.Generator().manual_seed(0))
+    store.get(tiny, rows, ["blocks.1.hook_resid_post"])
+    assert store._clock.flops == 3 * capture.flops(tiny.config, 7, 2)
+    assert store._clock.seconds == store.stats().seconds_computing > 1e-5
 
 
 def test_estimate_counts_bytes_exactly_and_nothing_once_stored(tiny: LanguageModel, store: ActivationStore) -> None:

@@ -73,7 +73,7 @@ def strip(circuit: Circuit | None, curve: Curve | None, size: int | None) -> Non
         ]
     if circuit is not None:
         figures += [
-            ("edges", f"{len(circuit):,}", "Those on a path from input to logits."),
+            ("edges", f"{len(circuit):,}", "Those on a path from input to logits." if size else None),
             ("heads and MLPs", f"{len(circuit.nodes)}", None),
         ]
     for column, (label, value, help) in zip(st.columns(5), figures, strict=False):
@@ -108,11 +108,10 @@ def without(on: dict[str, Any], circuit: Circuit, size: int | None, curve: Curve
     if not isinstance(found, Report):
         return
     left, right = st.columns(2)
-    before = (
-        None if curve is None or size is None else float(curve.faithfulness.value[curve.items.tolist().index(size)])
-    )
-    value = canvas.number(found.faithfulness, 2, signed=False)
-    delta = None if before is None else canvas.number(found.faithfulness - before, 2)
+    value, delta = canvas.number(found.faithfulness, 2, signed=False), None
+    if curve is not None and size is not None:
+        whole = float(curve.faithfulness.value[curve.items.tolist().index(size)])
+        delta = canvas.number(found.faithfulness - whole, 2)
     left.metric("faithfulness without", value, delta, delta_color="off", delta_arrow="off")
     right.metric("edges left", f"{found.n_edges:,}")
 
