@@ -24,15 +24,16 @@ from typing import Any
 
 import pytest
 
+from circuits.sparse.shipped import DATA
 from circuits.sparse.validate import geometric_mean
 from tests.benchmarks import harness
-from workbench import runs
+from workbench import places, runs
 
 WITHIN = 0.02  # nats, in which losses count as equal
 ATTEMPTS, SLOPE = 6, -0.16  # nats, for e times the tokens, of dense models of this size
 PRESET, TOKENS = "small", 8_000_000
-FIRST = 5_250_000  # tokens of the first dense twin that is tried
 ARMS: dict[str, dict[str, float]] = {"dense": {}, "dense, AbsTopK": {"afrac": 0.25}}
+FIRST = {"dense": 5_250_000, "dense, AbsTopK": 7_500_000}  # tokens of the first twin that is tried
 WIDTHS, DENSITIES = (128, 256), (1 / 8, 1 / 16, 1 / 32)
 QUICK: dict[str, Any] = {"tasks": "all", "pairs": 8, "settings": 1, "steps": 3}
 SEARCH: dict[str, Any] = harness.size({}, QUICK)  # else the defaults
@@ -93,18 +94,19 @@ def against(sparse: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 def home(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("WORKBENCH_HOME", str(shared_home))  # where runs of an earlier start are found again
+    places.ship(DATA / "runs")  # and those of the package: the sparse model and its dense twin, with their circuits
     return shared_home
 
 
 @pytest.mark.slow
 def test_sparse_against_dense(home: Path) -> None:
-    tokens, first = harness.size((TOKENS, FIRST), (8192, 4096))
+    tokens = harness.size(TOKENS, 8192)
     shape: dict[str, Any] = harness.size({}, {"width": 32, "layers": 1})
     run = trained(PRESET, tokens=tokens, **shape, **harness.size({}, {"density": 0.5}))
     models = {"sparse": table_of(run)}
     found: dict[str, Any] = {}
     for arm, options in ARMS.items():
-        models[arm] = table_of(matched(PRESET, loss_of(run), first, **shape, **options))
+        models[arm] = table_of(matched(PRESET, loss_of(run), harness.size(FIRST[arm], 4096), **shape, **options))
         found[arm] = against(models["sparse"], models[arm])
         harness.record(f"twins-{PRESET}", {"within": WITHIN, "ratios": found, "models": models})
 
