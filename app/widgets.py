@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -11,18 +12,37 @@ from typing import Any
 import streamlit as st
 from plotly.graph_objects import Figure
 
-from workbench import canvas, jobs, places, runs
+from workbench import canvas, jobs, places, pretrained, runs, texts
 from workbench.errors import UserError
 from workbench.runs import Run
 
 # What reading a record that was changed by hand may raise.
-BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration, RuntimeError)
+BROKEN = (
+    KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration, RuntimeError, ArithmeticError,
+)  # fmt: skip
+
+
+def models(key: str, first: str | None, **more: Any) -> str:
+    """Those of this machine; another can be typed."""
+    names = [*pretrained.EMBEDDED, *pretrained.local()]
+    at = names.index(first) if first in names else None
+    help = "An embedded model, a name of the model hub, or the id of a run that trained one."
+    return str(st.selectbox("model", names, index=at, key=key, accept_new_options=True, help=help, **more) or "")
+
+
+def no_paths(given: Mapping[str, Any]) -> None:
+    """Raises UserError for values that are paths, which are for the terminal, and for a model that is not chosen."""
+    for name, value in given.items():
+        if any(part.strip().startswith(texts.PATHS) for part in re.split("[:,]", str(value))):
+            raise UserError(f"{name}={value!r} is a path, and the app opens none; start this one in a terminal.")
+    if given.get("model") == "":
+        raise UserError("no model is chosen; pick one, or type the id of a run that trained one.")
 
 
 def refusal(sentence: str) -> None:
     """Say in one sentence what is wrong."""
     sentence = sentence[:1].upper() + sentence[1:]
-    with st.container(border=True, key="refusal"):
+    with st.container(border=True):
         st.text(sentence if len(sentence) <= 600 else sentence[:600] + "…")
 
 
@@ -113,6 +133,21 @@ def chart(figure: Figure, key: str, select: bool = False) -> str | None:
     event = st.plotly_chart(figure, key=key, config=config, on_select="rerun", selection_mode="points")
     named = [point["customdata"] for point in event.selection.points if point.get("customdata")]
     return str(named[0] if isinstance(named[0], str) else named[0][0]) if named else None
+
+
+def computed(analysis: str, on: Mapping[str, Any], why: str, label: str) -> Any:
+    """The result of an analysis, or what has to be pressed to have it."""
+    found = runs.find(analysis, **on)
+    if found is not None:
+        return found.result
+    st.markdown(plain(why))
+    words = ["run", analysis, *(f"--{name.replace('_', '-')}={value}" for name, value in on.items())]
+    if str(on.get("model", "")).startswith(texts.PATHS):
+        st.markdown("Its model is a folder, and the app opens none; start this in a terminal:")
+        st.code(shlex.join(["wb", *words]), language="bash", wrap_lines=True)
+    else:
+        start(words, label)
+    return None
 
 
 def start(words: Sequence[str], label: str) -> None:

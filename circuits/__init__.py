@@ -15,6 +15,8 @@ from circuits import judging as judging
 from circuits import masks as masks
 from circuits import patching as patching
 from circuits import path_patching as path_patching
+from circuits import position_figures as position_figures
+from circuits import position_patching as position_patching
 from circuits import relp as relp
 from circuits import reuse as reuse
 from circuits import sparse as sparse

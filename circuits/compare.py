@@ -194,14 +194,23 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
     return batch.select(sorted(order[::2])), batch.select(sorted(order[1::2]))
 
 
+def scoring_methods() -> list[str]:
+    """Analyses that score nodes or edges of a task, by name."""
+    return [name for name, one in registry.analyses().items() if one.task is not None and _scores(one)]
+
+
 def scoring(name: str) -> Analysis:
     """An analysis that scores nodes or edges. Raises UserError for any other, before it computes anything."""
     found = registry.get_analysis(name)
-    if found.result not in (NodeScores, EdgeScores) and get_type_hints(found.result).get("scores") is not NodeScores:
+    if not _scores(found):
         raise UserError(
             f"{name!r} gives a {found.result.__name__}, which scores no nodes or edges; take patching or eap-ig."
         )
     return found
+
+
+def _scores(one: Analysis) -> bool:
+    return one.result in (NodeScores, EdgeScores) or get_type_hints(one.result).get("scores") is NodeScores
 
 
 def score(

@@ -49,7 +49,8 @@ def circuit_figure(result: Circuit) -> go.Figure:
 
 @definition.register
 def _(result: Circuit) -> str:
-    more = f"the {EDGES} strongest of {len(result)} edges; " if len(result) > EDGES else ""
+    which = "" if result.weights is None else "strongest "
+    more = f"{EDGES} {which}of {len(result):,} edges are drawn; " if len(result) > EDGES else ""
     return more + result.definition
 
 
@@ -86,6 +87,9 @@ def _graph(circuit: Circuit, unit: str) -> go.Figure:
         source, destination = graph.sources[graph.edges[i, 0]], graph.destinations[graph.edges[i, 1]]
         port = destination[-2] if destination.endswith(">") else ""
         strength = math.sqrt(abs(float(weights[i])) / largest) if largest else 1.0
+        said = f" {canvas.number(float(weights[i]), 4)} {escape(unit)}"
+        if circuit.weights is None:  # all alike, and mostly many
+            strength, said = 0.1, ""
         (x0, y0), (x1, y1) = places[source], places[node_of(destination)]
         bend = 0.12 * (y1 - y0) if abs(x1 - x0) < 0.2 and y1 - y0 > 1 else 0.0  # not through the nodes between
         fig.add_trace(
@@ -99,7 +103,7 @@ def _graph(circuit: Circuit, unit: str) -> go.Figure:
                     "shape": "spline",
                     "dash": "solid" if weights[i] >= 0 else "dot",
                 },
-                hovertext=f"{escape(graph.names[i])} {canvas.number(float(weights[i]), 4)} {escape(unit)}",
+                hovertext=escape(graph.names[i]) + said,
                 hovertemplate="%{hovertext}<extra></extra>",
                 showlegend=False,
             )

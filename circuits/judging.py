@@ -14,9 +14,9 @@ from dataclasses import replace
 
 from circuits import evaluate
 from circuits.evaluate import Curve, Report
-from circuits.graph import Circuit, EdgeScores, Graph, node_of
+from circuits.graph import Circuit, EdgeScores, Graph, node_of, transformer
 from circuits.writes import Ablation
-from workbench import plots, runs
+from workbench import plots, pretrained, runs
 from workbench.activations import ActivationStore
 from workbench.errors import UserError, unknown
 from workbench.models import LanguageModel
@@ -88,6 +88,19 @@ def scores_of(run: Run) -> NodeScores | EdgeScores | None:
     return result if isinstance(result, EdgeScores) else plots.node_scores(result)
 
 
+def graph_of(run: Run) -> Graph | None:
+    """The graph that scores of nodes are about, if they are of all heads and the model is on this machine."""
+    scores = scores_of(run)
+    if isinstance(scores, EdgeScores):
+        return scores.graph
+    parallel = pretrained.is_parallel(run.record["model_name"])
+    if scores is None or parallel is None or not scores.heads():
+        return None
+    n_layers, n_heads = scores.grid().shape
+    graph = transformer(n_layers, n_heads, parallel)
+    return graph if set(scores.nodes) <= set(graph.nodes) else None
+
+
 def circuit_of(run: Run, size: int | None, graph: Graph | None = None) -> Circuit:
     """Of a size, or the one that the run found. Scores of nodes do not tell the graph, which has to be given.
 
@@ -128,6 +141,16 @@ def neighbours(circuit: Circuit, node: str) -> dict[str, list[tuple[str, float]]
         if graph.sources[source] == node:
             found["it is read by"].append((graph.names[i], float(weights[i])))
     return {name: sorted(edges, key=lambda edge: -abs(edge[1])) for name, edges in found.items()}
+
+
+def strongest(circuit: Circuit, scores: EdgeScores | NodeScores | None) -> str:
+    """The node of largest absolute score, or through whose edges most goes."""
+    if isinstance(scores, NodeScores):
+        values = dict(zip(scores.nodes, scores.scores.abs().tolist(), strict=True))
+        return max(circuit.nodes, key=lambda name: values.get(name, 0.0))
+    weights = circuit.kept.float() if circuit.weights is None else circuit.weights.abs() * circuit.kept
+    through = circuit.graph.dense(weights).sum(1).tolist()
+    return max(circuit.nodes, key=lambda name: through[circuit.graph.sources.index(name)])
 
 
 def without_nodes(circuit: Circuit, without: str) -> Circuit:

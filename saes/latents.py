@@ -129,7 +129,7 @@ def latents(
     density = seen.active / seen.rows
     if which:
         words = [word.strip() for word in which.split(",")]
-        if not all(word.isdigit() for word in words):
+        if not all(word.isdecimal() for word in words):
             raise UserError(f"which={which!r} names no latents; give numbers, such as 12,345.")
         wanted = [int(word) for word in words]
         for one in wanted:
@@ -303,22 +303,3 @@ class Show:
         cosine[latent] = -math.inf
         best = cosine.topk(min(k, len(cosine) - 1))
         return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-
-
-def respond(model: LanguageModel, sae: SAE, text: str, latents: Sequence[int]) -> dict[int, Example]:
-    """What latents make of one's own text. Raises UserError for an empty one, or for latents there are not."""
-    if not text.strip():
-        raise UserError("there is no text to look at; write some.")
-    tokens = model.tokenize(text)
-    if len(tokens) > model.config.n_ctx:
-        raise UserError(f"the text has {len(tokens)} tokens, and {model.name} reads {model.config.n_ctx}; shorten it.")
-    x = model.run(tokens[None], capture=[sae.hook], logits="none")[sae.hook][0]
-    with torch.no_grad():
-        values = sae.encode(x.to(sae.W_enc.device))
-    names = tuple(model.token_strings(tokens.tolist()))
-    found = {}
-    for latent in latents:
-        sae.direction(latent)
-        row = values[:, latent]
-        found[latent] = Example(names, tuple(row.tolist()), int(row.argmax()))
-    return found

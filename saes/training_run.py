@@ -171,7 +171,7 @@ def _places(model: LanguageModel, hooks: str, out: str) -> dict[str, Place]:
 
 def _hook(model: LanguageModel, word: str) -> str:
     word = word.strip()
-    name = sites.block(int(word), "hook_resid_post") if word.isdigit() else word
+    name = sites.block(int(word), "hook_resid_post") if word.isdecimal() else word
     if name not in model.hook_points:
         raise unknown(f"hook point of {model.name}", name, model.hook_points)
     return name

@@ -49,6 +49,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "sparse-bridge": {"tokens": 2048},
     "language-heads": {"n_prompts": 2},
     "language-steering": {"top": 1, "written": 2, "steps": 4, "n_validation": 3, "n_test": 3},
+    "steer": {"latent": 7, "unit": 1.0, "steps": 4},
     "latents": {"text": "parallel", "tokens": 2000, "length": 16, "examples": 3},
     "train-sae": {
         "text": "parallel", "hooks": "1", "latents": 64, "k": 4.0, "tokens": 2000, "length": 16, "batch": 64,
@@ -209,15 +210,19 @@ def on(tiny: LanguageModel, sparse_coder: LanguageModel, bridged_coder: Language
 
     def chosen(name: str) -> dict[str, Any]:
         analysis = registry.get_analysis(name)
-        of_sparse = {name: sparse_coder for name in ("sparse-prune", "sparse-tasks", "sparse-bridge")}
+        names = ("sparse-prune", "sparse-tasks", "sparse-bridge", "sparse-circuit")
+        of_sparse = dict.fromkeys(names, sparse_coder)
         of_sparse |= {"bridge-dose": bridged_coder}
         model = {} if analysis.model is None else {"model": of_sparse.get(name, tiny)}
         task = {} if analysis.task is None else {"task": "with_as" if name in of_sparse else "ioi", "n": 6}
         more = {"sparse-bridge": {"dense": bridged_coder.name}, "latents": {"sae": str(tiny_sae)}}
-        more |= dict.fromkeys(("language-latents", "language-steering", "language-heads"), more["latents"])
+        of_sae = ("language-latents", "language-steering", "language-heads", "try-on", "steer")
+        more |= dict.fromkeys(of_sae, more["latents"])
         if name in ("judge", "judge-sizes"):
             found = runs.run("eap", model=tiny, task="ioi", n=6)
             more[name] = {"found": found.id, "seed": 1} | ({"size": 20, "subsets": 2} if name == "judge" else {})
+        if name == "sparse-circuit":
+            more[name] = {"found": runs.run("sparse-tasks", model=sparse_coder, **QUICK["sparse-tasks"]).id}
         more = more.get(name, {})
         return model | task | more | QUICK.get(name, {})
 

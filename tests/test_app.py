@@ -95,7 +95,8 @@ def edit(id: str, **changes: Any) -> None:
 
 
 def runs_page(**query: str) -> AppTest:
-    app = AppTest.from_file(str(MAIN), default_timeout=60)
+    app = AppTest.from_file(str(MAIN), default_timeout=60).run()
+    app.switch_page("views/runs.py")
     for name, value in query.items():
         app.query_params[name] = value
     return app.run()
@@ -370,7 +371,7 @@ def test_every_analysis_has_a_form_that_asks_for_its_own_defaults(analysis: str)
     words = dict(word[2:].split("=", 1) for word in command.split()[3:])
     on = {"model": entry.model, "task": entry.task, "n": entry.task and str(entry.n), "seed": "0"}
     assert words == {name: value for name, value in on.items() if value is not None}
-    fields = {one.label: one for kind in (app.text_input, app.selectbox, app.toggle) for one in kind}
+    fields = {one.label: one for kind in (app.text_input, app.text_area, app.selectbox, app.toggle) for one in kind}
     for name, parameter in entry.parameters.items():
         assert bool(fields[name].help) == bool(parameter.help)
 

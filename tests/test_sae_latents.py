@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saes import pretrained
 from saes.evaluate import quality, text_loss
-from saes.latents import Seen, respond
+from saes.latents import Seen
 from saes.sae import SAE
 from workbench import bases, places, runs, texts
 from workbench.activations import ActivationStore
@@ -283,18 +283,3 @@ def test_latents_that_are_no_numbers_are_a_sentence(tiny: LanguageModel, tiny_sa
                 length=16,
                 examples=1,
             )
-
-
-def test_ones_own_text(tiny: LanguageModel, store: ActivationStore, sae: SAE) -> None:
-    found = respond(tiny, sae, "When Mary and John went", [1, 2])
-    x = store.get(tiny, [tiny.tokenize("When Mary and John went")], [HOOK])[HOOK][0]
-    for latent, example in found.items():
-        assert example.values == pytest.approx(sae.encode(x)[:, latent].tolist(), rel=1e-5, abs=1e-6)
-        assert "".join(example.tokens) == "When Mary and John went"
-    for text, latents, message in (
-        ("  ", [1], "no text"),
-        ("word " * 999, [1], "shorten it"),
-        ("word", [64], "no latent 64"),
-    ):
-        with pytest.raises(UserError, match=message):
-            respond(tiny, sae, text, latents)

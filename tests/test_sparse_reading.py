@@ -31,7 +31,7 @@ def found() -> tuple[LanguageModel, Question, Pruned, Reading]:
     question = Question.of(model, some, some, ablation="zero")
     best = question.search(QUICK).best
     assert best is not None and set(best.nodes) == set(TRUE)
-    return model, question, best, read(question, best)
+    return model, question, best, read(question, best.kept, best.scale)
 
 
 class Words:

@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from workbench.cli_bundles import bundle_cli
 from workbench.cli_jobs import job_cli
 from workbench.errors import UserError
 from workbench.tables import AsJson, describe, show_as, table
@@ -27,6 +28,7 @@ cli = typer.Typer(
 store_cli = typer.Typer(no_args_is_help=True, help="The activation store: what it holds, and its upkeep.")
 cli.add_typer(store_cli, name="store")
 cli.add_typer(job_cli, name="job")
+cli.add_typer(bundle_cli)
 
 INTERRUPTED, KEPT = 130, "interrupted; what was stored so far is kept."
 Prompts = Annotated[str | None, typer.Option("--n", help="Number of prompts; each analysis has a default.")]

@@ -23,6 +23,7 @@ import os
 import re
 import resource
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -72,7 +73,7 @@ class Job:
 
     @property
     def command(self) -> str:
-        return " ".join(["wb", *self.words])
+        return shlex.join(["wb", *self.words])
 
     @property
     def left(self) -> float | None:

@@ -154,17 +154,30 @@ def locate(name: str, *, convert: Callable[[Path, Path], None], accept_terms: bo
 
 def fingerprint(name: str) -> str | None:
     """The fingerprint of a model whose weights are here already, without loading or fetching anything."""
-    folder: Path | None = settings.home() / "models" / name
-    if name not in EMBEDDED:
-        try:
-            folder = _here(name)
-        except UserError:  # which is raised again, and read, when the model is loaded
-            return None
-    elif folder is not None and (folder / "config.json").is_file():
+    folder = _folder(name)
+    if folder is not None and name in EMBEDDED:
         _verify(folder)
-    else:
-        return None
     return None if folder is None else _combine(_digests(folder.resolve()))
+
+
+def is_parallel(name: str) -> bool | None:
+    """Whether attention and MLP of a block read the same residual stream; None if the model is not on this machine."""
+    folder = _folder(name)
+    if folder is None:
+        return None
+    config = json.loads((folder / "config.json").read_text())
+    return bool(config.get("use_parallel_residual", config.get("model_type") == "gpt_neox"))  # the library's default
+
+
+def _folder(name: str) -> Path | None:
+    """The folder of a model that is on this machine."""
+    if name in EMBEDDED:
+        folder = settings.home() / "models" / name
+        return folder if (folder / "config.json").is_file() else None
+    try:
+        return _here(name)
+    except UserError:  # which is raised again, and read, when the model is loaded
+        return None
 
 
 def _here(name: str) -> Path | None:

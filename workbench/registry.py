@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from random import Random
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from workbench import plugins, pretrained
 from workbench.errors import UserError, unknown
@@ -33,12 +33,13 @@ from workbench.metrics import METRICS
 from workbench.prompts import Prompt, Task
 
 F = TypeVar("F", bound=Callable[..., Any])
+Prose = Annotated[str, "prose"]  # of a parameter: a text that is kept as it is, and names no file, model or analysis
 
 
 @dataclass(frozen=True)
 class Parameter:
     name: str
-    kind: Any  # int, float, bool, str, a Literal, or one of these or None
+    kind: Any  # int, float, bool, str, Prose, a Literal, or one of these or None
     default: Any
     help: str
 
@@ -79,7 +80,7 @@ def analysis(
     """n, model, task  what it runs on unless told otherwise"""
 
     def register(fn: F) -> F:
-        hints = get_type_hints(fn)
+        hints = get_type_hints(fn, include_extras=True)
         if not isinstance(hints.get("return"), type):
             raise TypeError(f"analysis {name!r} must declare the class of its result")
         doc = inspect.getdoc(fn) or ""
@@ -146,7 +147,7 @@ def kind_name(kind: Any) -> str:
         return "one of " + ", ".join(map(str, get_args(kind)))
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(kind_name(k) for k in get_args(kind))
-    return "none" if kind is type(None) else str(kind.__name__)
+    return {type(None): "none", Prose: "text"}.get(kind) or str(kind.__name__)
 
 
 def choices(kind: Any) -> list[Any]:

@@ -19,6 +19,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import tempfile
 import time
@@ -248,7 +249,8 @@ def key_of(
             raise UserError(f"n={n} prompts cannot be drawn; ask for at least 1.")
         key |= {"task": task, "task_version": registry.get_task(task).version, "n": n}
     # What a parameter names (another analysis, another task) decides the result as much as the analysis itself.
-    named = {word.strip() for value in bound.values() if isinstance(value, str) for word in value.split(",")}
+    names = [x for name, x in bound.items() if chosen.parameters[name].kind != registry.Prose]
+    named = {word.strip() for value in names if isinstance(value, str) for word in value.split(",")}
     known = registry.analyses() | registry.tasks()
     versions = {name: known[name].version for name in sorted(named & known.keys())}
     models = {name: pretrained.fingerprint(name) for name in sorted(named - known.keys() - {""})}
@@ -318,7 +320,7 @@ def command(key: Mapping[str, Any], model: LanguageModel | None, dtype: str, dev
     for name, value in key["parameters"].items():
         if value != defaults[name].default:
             words += [f"--{name.replace('_', '-')}", str(value)]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def environment(model: LanguageModel | None = None) -> dict[str, Any]:

@@ -3,7 +3,6 @@ without some. Addressed by ?run=<id>&size=&node=&without=."""
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 import streamlit as st
@@ -12,7 +11,7 @@ from app import widgets
 from circuits import judging
 from circuits.evaluate import Curve, Report
 from circuits.graph import Circuit, EdgeScores
-from workbench import canvas, plots, runs, texts
+from workbench import canvas, plots, runs
 from workbench.errors import UserError
 from workbench.runs import Run
 from workbench.scores import NodeScores
@@ -30,31 +29,16 @@ def conditions(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def computed(analysis: str, on: dict[str, Any], why: str, label: str) -> Any:
-    """The result of an analysis, or what has to be pressed to have it."""
-    found = runs.find(analysis, **on)
-    if found is not None:
-        return found.result
-    st.markdown(why)
-    words = ["run", analysis, *(f"--{name.replace('_', '-')}={value}" for name, value in on.items())]
-    if str(on["model"]).startswith(texts.PATHS):
-        st.markdown("Its model is a folder, and the app opens none; start this in a terminal:")
-        st.code(shlex.join(["wb", *words]), language="bash", wrap_lines=True)
-    else:
-        widgets.start(words, label)
-    return None
-
-
 def sizes(scores: EdgeScores | NodeScores, curve: Curve | None) -> int:
     """The slider; first at the smallest circuit that is faithful, if that is known."""
     steps = judging.ladder(len(scores.scores))
-    first = min(steps, key=lambda n: abs(n - 50))
+    first = min(steps, key=lambda n: abs(n - (50 if isinstance(scores, EdgeScores) else 10)))
     if curve is not None:
         faithful = [n for n, f in zip(steps, curve.faithfulness.value.tolist(), strict=True) if f >= AIM]
         first = next(iter(faithful), steps[-1])
     level = "edges" if isinstance(scores, EdgeScores) else "nodes"
     given = st.query_params.get("size", "")
-    at = int(given) if given.isdigit() and int(given) in steps else first
+    at = int(given) if given.isdecimal() and int(given) in steps else first
     size = st.select_slider(f"{level} of largest score", steps, at, key="circuit size", format_func="{:,}".format)
     st.query_params["size"] = str(size)
     return int(size)
@@ -80,18 +64,20 @@ def strip(circuit: Circuit | None, curve: Curve | None, size: int | None) -> Non
         column.metric(label, value, help=help)
 
 
-def evidence(circuit: Circuit, node: str) -> None:
+def evidence(circuit: Circuit, node: str, scores: EdgeScores | NodeScores | None) -> None:
     """What a node reads and what reads it."""
+    if isinstance(scores, NodeScores) and node in scores.nodes:
+        value = canvas.number(float(scores.scores[scores.nodes.index(node)]), 3)
+        st.caption(f"its score: {value} {widgets.plain(scores.unit)}")
     for column, (title, edges) in zip(st.columns(2), judging.neighbours(circuit, node).items(), strict=True):
         with column:
             st.caption(f"{title} · {len(edges)}")
             if edges:
                 shown = edges[:12]
-                st.table(
-                    {"edge": [widgets.plain(name) for name, _ in shown],
-                     "score": canvas.numbers([score for _, score in shown])},
-                    border="horizontal", hide_index=True,
-                )  # fmt: skip
+                cells = {"edge": [widgets.plain(name) for name, _ in shown]}
+                if circuit.weights is not None:
+                    cells["score"] = canvas.numbers([score for _, score in shown])
+                st.table(cells, border="horizontal", hide_index=True)
 
 
 def without(on: dict[str, Any], circuit: Circuit, size: int | None, curve: Curve | None, node: str) -> None:
@@ -104,7 +90,7 @@ def without(on: dict[str, Any], circuit: Circuit, size: int | None, curve: Curve
         return
     asked = on | ({} if size is None else {"size": size})
     asked |= {"without": ",".join(names), "each": False, "subsets": 0, "random": 0}
-    found = computed("judge", asked, "The circuit runs without them, on the same prompts.", "Ablate")
+    found = widgets.computed("judge", asked, "The circuit runs without them, on the same prompts.", "Ablate")
     if not isinstance(found, Report):
         return
     left, right = st.columns(2)
@@ -120,7 +106,7 @@ def judged(on: dict[str, Any], size: int | None) -> None:
     st.subheader("Is each part needed?", anchor=False)
     asked = on | ({} if size is None else {"size": size}) | {"subsets": 5, "random": 10}
     why = "Each node is ablated in turn, and random circuits of the same make-up run beside."
-    found = computed("judge", asked, why, "Judge it")
+    found = widgets.computed("judge", asked, why, "Judge it")
     if isinstance(found, Report):
         widgets.chart(plots.figure(found), key="report")
         st.caption(widgets.plain(plots.definition(found)))
@@ -135,12 +121,13 @@ def show(run: Run) -> None:
         curve = found.result if found is not None else None
         size = sizes(scores, curve)
     circuit = result if isinstance(result, Circuit) else None
-    if isinstance(scores, EdgeScores):
-        circuit = judging.circuit_of(run, size)
+    graph = judging.graph_of(run)
+    if scores is not None and graph is not None:
+        circuit = judging.circuit_of(run, size, graph)
     strip(circuit, curve, size)
     if scores is not None and curve is None:
         why = f"How faithful are these circuits? Each size runs on {on['n']} prompts it was not found on."
-        computed("judge-sizes", on, why, "Measure faithfulness")
+        widgets.computed("judge-sizes", on, why, "Measure faithfulness")
     left, right = st.columns([3, 2]) if curve is not None else (st.container(), st.container())
     with left:
         picked = widgets.chart(plots.figure(circuit or scores), key="graph", select=circuit is not None)
@@ -153,11 +140,11 @@ def show(run: Run) -> None:
             st.caption(widgets.plain(plots.definition(curve)))
     if circuit is not None and circuit.nodes:
         given = picked if picked in circuit.nodes else st.query_params.get("node", "")
-        at = circuit.nodes.index(given) if given in circuit.nodes else 0
+        at = circuit.nodes.index(given if given in circuit.nodes else judging.strongest(circuit, scores))
         st.subheader("One node", anchor=False)
         node = st.selectbox("node", circuit.nodes, at, help="Or click it in the graph.", width=200)
         st.query_params["node"] = node
-        evidence(circuit, node)
+        evidence(circuit, node, scores)
         without(on, circuit, size, curve, node)
     judged(on, size)
 

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import re
+import shlex
 from typing import Any
 
 import streamlit as st
 
 from app import widgets
-from workbench import jobs, pretrained, registry, runs, texts
+from workbench import jobs, registry, runs
 from workbench.errors import UserError
 from workbench.registry import Analysis, Parameter
 
 ACROSS = 3
-
-
-def models(analysis: Analysis) -> str:
-    """Those of this machine; another can be typed."""
-    names = [*pretrained.EMBEDDED, *pretrained.local()]
-    at = names.index(analysis.model) if analysis.model in names else None
-    picked = st.selectbox(
-        "model", names, index=at, key=f"{analysis.name} model", accept_new_options=True,
-        help="An embedded model, a name of the model hub, or the id of a run that trained one.",
-    )  # fmt: skip
-    return str(picked or "")
 
 
 def value_of(analysis: Analysis, parameter: Parameter) -> str:
@@ -35,6 +24,8 @@ def value_of(analysis: Analysis, parameter: Parameter) -> str:
         return str(st.selectbox(parameter.name, choices, index=at, key=key, help=help))
     if parameter.kind is bool:
         return str(st.toggle(parameter.name, parameter.default, key=key, help=help)).lower()
+    if parameter.kind == registry.Prose:
+        return str(st.text_area(parameter.name, parameter.default, key=key, help=help))
     shown = "" if parameter.default is None else str(parameter.default)
     hint = "the analysis' own" if parameter.default is None else registry.kind_name(parameter.kind)
     return st.text_input(parameter.name, shown, key=key, help=help, placeholder=hint)
@@ -49,8 +40,9 @@ def parameters(analysis: Analysis) -> dict[str, str]:
             with column:
                 value = value_of(analysis, parameter)
             default = "" if parameter.default is None else str(parameter.default)
-            if value.strip() != (default.lower() if parameter.kind is bool else default):
-                given[parameter.name] = value.strip()
+            value = value if parameter.kind == registry.Prose else value.strip()
+            if value != (default.lower() if parameter.kind is bool else default):
+                given[parameter.name] = value
     return given
 
 
@@ -60,7 +52,7 @@ def form(analysis: Analysis) -> tuple[dict[str, Any], dict[str, str]]:
     model, task, n, seed = st.columns([4, 3, 2, 2])
     if analysis.model is not None:
         with model:
-            on["model"] = models(analysis)
+            on["model"] = widgets.models(f"{analysis.name} model", analysis.model)
     if analysis.task is not None:
         names = list(registry.tasks())
         on["task"] = task.selectbox("task", names, index=names.index(analysis.task), key=f"{analysis.name} task")
@@ -70,12 +62,9 @@ def form(analysis: Analysis) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def check(analysis: Analysis, given: dict[str, Any]) -> runs.Run | None:
-    """The run, if it is there. Raises UserError for what would be refused, and for paths: they are for the terminal."""
-    for name, value in given.items():
-        if any(part.strip().startswith(texts.PATHS) for part in re.split("[:,]", str(value))):
-            raise UserError(f"{name}={value!r} is a path, and the app opens none; start this one in a terminal.")
-    if given.get("model") == "":
-        raise UserError("no model is chosen; pick one, or type the id of a run that trained one.")
+    """The run, if it is there. Raises UserError for what would be refused."""
+    prose = {name for name, one in analysis.parameters.items() if one.kind == registry.Prose}
+    widgets.no_paths({name: value for name, value in given.items() if name not in prose})
     return runs.find(analysis.name, **given)
 
 
@@ -87,7 +76,7 @@ st.caption(widgets.plain(chosen.about))
 on, given = form(chosen)
 words = ["run", chosen.name, *(f"--{key}={value}" for key, value in on.items())]
 words += [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
-st.code(" ".join(["wb", *words]), language="bash", wrap_lines=True)
+st.code(shlex.join(["wb", *words]), language="bash", wrap_lines=True)
 try:
     found = check(chosen, on | given)
 except UserError as error:

@@ -6,4 +6,5 @@ from circuits.sparse import figures as figures
 from circuits.sparse import files as files
 from circuits.sparse import pruning_run as pruning_run
 from circuits.sparse import shipped as shipped
+from circuits.sparse import sizes as sizes
 from circuits.sparse import training_run as training_run

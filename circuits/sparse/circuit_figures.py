@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 from circuits.graph import Circuit
 from circuits.sparse.pruning_run import Row, SparseCircuit, TaskCircuits
 from circuits.sparse.reading import Node, Reading
+from circuits.sparse.sizes import SizedCircuit
 from workbench import canvas
 from workbench.plots import Table, definition, figure, tables
 
@@ -35,7 +36,16 @@ def _number(name: str) -> int:
 @figure.register
 def circuit_figure(result: SparseCircuit) -> go.Figure:
     """Channels from left to right in order of computation; lines are weights, dots the residual stream between."""
-    circuit, reading = result.circuit, result.reading
+    return _drawn(result.circuit, result.reading)
+
+
+@figure.register
+def sized_figure(result: SizedCircuit) -> go.Figure:
+    """The same of a circuit that was read, all of it or some of its channels."""
+    return _drawn(result.circuit, result.reading)
+
+
+def _drawn(circuit: Circuit, reading: Reading) -> go.Figure:
     places = places_of(reading, circuit)
     fig = go.Figure()
     for source, destination in through_the_stream([node.name for node in reading.nodes]):
@@ -82,6 +92,7 @@ def _nodes(reading: Reading, places: dict[str, tuple[float, float]]) -> go.Scatt
             "line": {"color": GREY.format(0.9), "width": 1},
         },
         text=[str(_number(name)) for name in names],
+        customdata=names,
         textposition="top center",
         textfont={"size": 9},
         hovertext=[_words(node, reading.answers) for node in reading.nodes],
@@ -166,12 +177,41 @@ def _finished(fig: go.Figure, reading: Reading, places: dict[str, tuple[float, f
 
 @definition.register
 def _(result: SparseCircuit) -> str:
-    n = len(result.circuit)
+    return _said(result.circuit) + result.circuit.definition
+
+
+@definition.register
+def _(result: SizedCircuit) -> str:
+    return _said(result.circuit) + result.definition
+
+
+def _said(circuit: Circuit) -> str:
+    n = len(circuit)
     more = f"the {EDGES} largest of {n} weights are drawn; " if n > EDGES else ""
     return (
         f"{more}darker channels are those whose ablation costs the circuit more; dotted: a channel of the residual "
-        f"stream that is written and read again; {result.circuit.definition}"
+        "stream that is written and read again; "
     )
+
+
+def sizes_figure(result: SizedCircuit, target: float | None = None) -> go.Figure:
+    """Loss over the number of channels that are kept; lines at the whole model's, and at the target."""
+    x = result.sizes.tolist()
+    fig = go.Figure(
+        go.Scatter(
+            x=x, y=canvas.cells(result.loss), mode="lines+markers", showlegend=False,
+            line={"color": canvas.POSITIVE.format(1), "width": 2}, customdata=result.edges.tolist(),
+            hovertemplate="%{x} channels, %{customdata} edges: %{y:.3f} nats<extra></extra>",
+        )
+    )  # fmt: skip
+    lines = {"the whole model": result.whole, "no channel": result.none} | ({"target": target} if target else {})
+    for name, value in lines.items():
+        fig.add_hline(
+            y=value, line={"color": canvas.FAINT, "dash": "dot"}, annotation_text=name, annotation_font_size=10
+        )
+    fig.update_xaxes(type="log", dtick=1, title_text="channels in the circuit")
+    fig.update_yaxes(title_text="held-out loss, nats", rangemode="tozero")
+    return canvas.finish(fig, 280)
 
 
 @figure.register

@@ -92,7 +92,7 @@ def sparse_prune(
         checked = parts.once(
             "validation", Validation, lambda: validate(model, found, train, test, stream, search=search, seed=seed)
         )
-    return SparseCircuit(found, read(question, found), checked)
+    return SparseCircuit(found, read(question, found.kept, found.scale), checked)
 
 
 def drawn(task: Task, model: LanguageModel, pairs: int, seed: int) -> tuple[Batch, Batch]:

@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.sparse.masked import loss, rescaled
-from circuits.sparse.prune import Pruned, Question
+from circuits.sparse.prune import Question
 
 TOKENS = 4  # that are named for a channel
 
@@ -54,12 +53,15 @@ class Reading:
         return next(node for node in self.nodes if node.name == name)
 
 
-def read(question: Question, found: Pruned) -> Reading:
-    """What each channel of a circuit does on the pairs that judge it; one forward pass per channel."""
+def read(question: Question, kept: Bool[Tensor, " channel"], scale: tuple[float, float]) -> Reading:
+    """What each channel of a circuit does on the pairs that judge it; one forward pass per channel.
+
+    scale  and shift of the difference of the two answers' logits
+    """
     judge, channels = question.judge, question.judge.channels
     model, pairs = channels.model, judge.pairs
-    mask = found.kept.float()
-    base = _loss(question, found, mask)
+    mask = kept.float()
+    base = question.judge.loss(mask, scale)
     run = model.run(pairs.tokens, capture=channels.hooks, edit=channels.edits(mask, judge.fill), logits="none")
     inside = torch.arange(pairs.tokens.shape[1]) <= pairs.last[:, None]
     embedding, unembedding = (
@@ -70,7 +72,7 @@ def read(question: Question, found: Pruned) -> Reading:
     nodes = []
     for (_, site, span), hook in zip(channels.spans, channels.hooks, strict=True):
         values = run[hook].flatten(2) if run[hook].ndim == 4 else run[hook]
-        for number in found.kept[span].nonzero()[:, 0].tolist():
+        for number in kept[span].nonzero()[:, 0].tolist():
             x = values[..., number].cpu().masked_fill(~inside, 0)
             largest = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
             at = span.start + number
@@ -80,7 +82,7 @@ def read(question: Question, found: Pruned) -> Reading:
             nodes.append(
                 Node(
                     channels.names[at],
-                    _loss(question, found, less) - base,
+                    question.judge.loss(less, scale) - base,
                     float(largest[pairs.is_one].mean()),
                     float(largest[~pairs.is_one].mean()),
                     _tokens(model, embedding[:, number]) if stream else [],
@@ -89,11 +91,6 @@ def read(question: Question, found: Pruned) -> Reading:
             )
     first = (pairs.one[0].tolist(), pairs.two[0].tolist())
     return Reading(nodes, ["".join(model.token_strings(ids)) or "anything else" for ids in first])
-
-
-def _loss(question: Question, found: Pruned, mask: Float[Tensor, " channel"]) -> float:
-    judge = question.judge
-    return float(loss(rescaled(judge.odds(mask), judge.pairs, found.scale)))
 
 
 def _answers(unembedding: Float[Tensor, "vocab d_model"], ids: tuple[Tensor, ...]) -> Float[Tensor, " d_model"]:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.sparse import files
+from circuits.sparse import files, shipped
 from circuits.sparse.data import train_tokenizer
 from circuits.sparse.model import SparseConfig
 from circuits.sparse.prune import Pairs
 from circuits.sparse.train import PRESETS, Recipe, Trained, Training
-from workbench import backend, pretrained, registry, runs
+from workbench import backend, places, pretrained, registry, runs
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.prompts import sample, split
@@ -185,7 +185,17 @@ def _about(preset: Preset) -> str:
     return f"weight-sparse, {size}, Python; trained here by wb run sparse-train --preset {preset} ({minutes} min)"
 
 
-for _preset in ("tiny", "small", "gpu"):
+def trained() -> dict[str, str]:
+    """Every sparse model of this machine, and dense twins, with the run that trained it: those with names, and those
+    that are called as their runs."""
+    found = {name: entry["run"] for name, entry in shipped.names().items()}
+    made = {preset: runs.find("sparse-train", preset=preset) for preset in get_args(Preset)}
+    found |= {f"sparse-{preset}": run.id for preset, run in made.items() if run is not None}
+    others = [id for id in places.names() if id.startswith(("sparse-train-", "sparse-bridge-"))]
+    return found | {id: id for id in others if id not in found.values()}
+
+
+for _preset in get_args(Preset):
     pretrained.register(
         f"sparse-{_preset}",
         pretrained.Local(lambda preset=_preset: _folder(preset), _about(_preset), "as the data"),  # type: ignore[misc]

@@ -1,6 +1,7 @@
-"""The app in a real browser: open the list, click a run, read it, and come back by its address alone.
+"""The app in a real browser: every page opens, what it is for is done, and its address alone brings it back.
 
-Screenshots, light and dark, go to $WORKBENCH_SCREENSHOTS, or else to pytest's temporary folder.
+Screenshots go to $WORKBENCH_SCREENSHOTS, or else to pytest's temporary folder: light ones of what was done, and dark
+ones of a fresh browser that was given nothing but the address.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ def wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
 class Visitor:
     """A page of a browser, and whatever it complained about, ran from a record, or asked of other machines."""
 
-    def __init__(self, page: Any, url: str, scheme: str = "light"):
+    def __init__(self, page: Any, url: str, scheme: str):
         self.page = page
+        self.url = url
         self.scheme = scheme
         self.complaints: list[str] = []
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
@@ -93,23 +95,39 @@ class Visitor:
         assert self.complaints == []
 
 
-@pytest.fixture(params=["light", "dark"])
-def visitor(request: pytest.FixtureRequest, url: str) -> Iterator[Visitor]:
+@pytest.fixture
+def visitor(url: str) -> Iterator[Visitor]:
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(
             executable_path=str(CHROMIUM), args=["--no-sandbox"] if os.geteuid() == 0 else []
         )
-        context = browser.new_context(viewport=SIZE, color_scheme=request.param)
-        context.set_default_timeout(90_000)
-        yield Visitor(context.new_page(), url, request.param)
+        yield fresh(browser, url)
         browser.close()
 
 
+def fresh(browser: Any, url: str, scheme: str = "light") -> Visitor:
+    """A browser that has seen nothing yet."""
+    context = browser.new_context(viewport=SIZE, color_scheme=scheme)
+    context.set_default_timeout(90_000)
+    return Visitor(context.new_page(), url, scheme)
+
+
+def settled(page: Any) -> None:
+    page.locator("[data-test-script-state=notRunning]").wait_for()
+    page.wait_for_timeout(800)  # transitions
+
+
 def screenshot(visitor: Visitor, name: str, tmp_path: Path) -> None:
+    """Of the page, and of its address in a dark browser that is new to it; both are without complaint."""
     folder = Path(os.environ.get("WORKBENCH_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
-    visitor.page.wait_for_timeout(800)  # transitions
-    visitor.page.screenshot(path=str(folder / f"{name}-{visitor.scheme}.png"))
+    dark = fresh(visitor.page.context.browser, visitor.url, "dark")
+    dark.page.goto(visitor.page.url)
+    for one in (visitor, dark):
+        settled(one.page)
+        one.page.screenshot(path=str(folder / f"{name}-{one.scheme}.png"))
+        one.is_content()
+    dark.page.context.close()
 
 
 def test_from_the_list_to_a_run_and_back_by_its_address(url: str, visitor: Visitor, tmp_path: Path) -> None:
@@ -119,7 +137,7 @@ def test_from_the_list_to_a_run_and_back_by_its_address(url: str, visitor: Visit
     id = save(scores, seed=3, created="2126-01-01T00:00:00+00:00")  # newer than what comes with the package
     page = visitor.page
 
-    page.goto(url)
+    page.goto(f"{url}/runs")
     table = page.get_by_test_id("stDataFrame")
     table.wait_for()
     page.get_by_text(f"{ALL} of {ALL} runs").wait_for()
@@ -131,10 +149,10 @@ def test_from_the_list_to_a_run_and_back_by_its_address(url: str, visitor: Visit
     screenshot(visitor, "run", tmp_path)
     visitor.is_content()
 
-    fresh = Visitor(page.context.browser.new_context(viewport=SIZE).new_page(), url)
-    fresh.page.goto(f"{url}/run?run={id}")
-    assert_shows(fresh.page, scores)
-    fresh.is_content()
+    other = fresh(page.context.browser, url)
+    other.page.goto(f"{url}/run?run={id}")
+    assert_shows(other.page, scores)
+    other.is_content()
 
     page.get_by_text("All runs").click()
     page.get_by_text(f"{ALL} of {ALL} runs").wait_for()
@@ -187,6 +205,16 @@ def test_text_of_a_run_is_shown_and_never_run(url: str, visitor: Visitor) -> Non
 
 
 TITLES = {
+    "": "Workbench",
+    "discovery": "Find a circuit",
+    "lab": "Patch a pair of prompts",
+    "sparse": "Sparse models",
+    "steering": "Steer a language",
+    "playground": "Playground",
+    "latent": "Latents",
+    "compare": "Compare",
+    "export": "Export and import",
+    "glossary": "Glossary",
     "start": "Start an analysis",
     "jobs": "Jobs",
     "tasks": "Tasks",
@@ -199,9 +227,7 @@ def test_every_page_opens(url: str, visitor: Visitor, tmp_path: Path) -> None:
     for name, title in TITLES.items():
         visitor.page.goto(f"{url}/{name}")
         visitor.page.get_by_role("heading", name=title, exact=True).wait_for()
-        visitor.page.locator("[data-test-script-state=notRunning]").wait_for()
-        screenshot(visitor, name, tmp_path)
-        visitor.is_content()
+        screenshot(visitor, name or "home", tmp_path)
 
 
 def test_from_a_form_to_a_job_to_its_run(url: str, visitor: Visitor, tmp_path: Path) -> None:
@@ -246,8 +272,8 @@ def test_from_scores_to_the_ablation_of_a_node_and_back_by_its_address(
     visitor.is_content()
     address, shown = page.url, page.get_by_test_id("stMetricValue").all_text_contents()
 
-    fresh = Visitor(page.context.browser.new_context(viewport=SIZE).new_page(), url)
-    fresh.page.goto(address)
-    fresh.page.get_by_text("faithfulness without").wait_for()
-    assert fresh.page.get_by_test_id("stMetricValue").all_text_contents() == shown
-    fresh.is_content()
+    other = fresh(page.context.browser, url)
+    other.page.goto(address)
+    other.page.get_by_text("faithfulness without").wait_for()
+    assert other.page.get_by_test_id("stMetricValue").all_text_contents() == shown
+    other.is_content()
