@@ -77,7 +77,7 @@ def method(card: Card) -> None:
 
 
 st.title("Glossary", anchor=False)
-asked = st.text_input("Search", key="term", bind="query-params", placeholder="faithfulness, eap-ig, L0", max_chars=200)
+asked = st.text_input("search", key="term", bind="query-params", placeholder="faithfulness, eap-ig, L0", max_chars=200)
 terms, methods = st.tabs([f"Terms · {len(glossary.terms())}", f"Analyses · {len(registry.analyses())}"])
 with terms:
     listed(asked)

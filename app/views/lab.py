@@ -21,7 +21,7 @@ from workbench.runs import Run
 NAME = "position-patching"
 LONG = 2000  # characters of an address; longer prompts are found again by their run alone
 ACROSS, BLOCKS = 14, 5  # tokens of a row, at most, and rows that are shown
-FIELDS = {"what": "What is patched", "direction": "Direction", "metric": "Metric"}
+FIELDS = {"what": "what is patched", "direction": "direction", "metric": "metric"}
 SIGNS = str.maketrans({"\n": "↵", "\t": "⇥"})
 
 
@@ -121,27 +121,27 @@ def form() -> dict[str, Any]:
         names = [*pretrained.EMBEDDED, *pretrained.local()]
         names += [name for name in [typed("model")] if name and name not in names]
         st.selectbox(
-            "Model", names, key=key("model"), accept_new_options=True,
+            "model", names, key=key("model"), accept_new_options=True,
             help="An embedded model, a name of the model hub, or the id of a run that trained one.",
         )  # fmt: skip
     tasks = list(registry.tasks())
-    middle.selectbox("A pair from a task", tasks, index=tasks.index("ioi"), key="lab task")
-    right.number_input("Seed", 0, None, 0, key="lab seed")
+    middle.selectbox("a pair from a task", tasks, index=tasks.index("ioi"), key="lab task")
+    right.number_input("seed", 0, None, 0, key="lab seed")
     button.button("Take this pair", on_click=take, icon=":material/casino:", width="stretch")
     if refused := st.session_state.pop("lab refused", None):
         with st.container(border=True):  # beside what may be refused of the fields
             st.text(refused[:1].upper() + refused[1:])
     for column, name in zip(st.columns(2), ("clean", "corrupted"), strict=True):
-        column.text_area(f"{name.capitalize()} prompt", key=key(name), height=100, help=help[name])
+        column.text_area(f"{name} prompt", key=key(name), height=100, help=help[name])
     right, wrong, spaced = st.columns([4, 4, 5], vertical_alignment="center")
     # Areas, as an answer may be a line's end.
-    right.text_area("Right answer", key=key("right"), height=68, help=help["right"])
-    wrong.text_area("Wrong answer", key=key("wrong"), height=68, help=help["wrong"])
-    spaced.toggle("A space before the answers", key=key("space"), help=help["space"])
+    right.text_area("right answer", key=key("right"), height=68, help=help["right"])
+    wrong.text_area("wrong answer", key=key("wrong"), height=68, help=help["wrong"])
+    spaced.toggle("a space before the answers", key=key("space"), help=help["space"])
     columns = st.columns(4)
     for column, (name, label) in zip(columns, FIELDS.items(), strict=False):
         column.selectbox(label, registry.choices(chosen.parameters[name].kind), key=key(name), help=help[name])
-    columns[-1].text_input("Positions", key=key("positions"), placeholder="all", help=help["positions"])
+    columns[-1].text_input("positions", key=key("positions"), placeholder="all", help=help["positions"])
     return {name: typed(name) for name in defaults()}
 
 

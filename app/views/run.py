@@ -11,7 +11,7 @@ from streamlit.delta_generator import DeltaGenerator
 
 from app import widgets
 from circuits import judging
-from workbench import canvas, plots, registry, runs
+from workbench import bundle, canvas, plots, registry, runs
 from workbench.errors import UserError
 from workbench.lenses import AttentionResult, LensResult
 from workbench.runs import Run
@@ -27,8 +27,7 @@ def show(run: Run, top: DeltaGenerator) -> None:
     strip(run)
     widgets.chart(plots.figure(result), key="figure")
     definition(run)
-    if judging.has_circuit(result) and "task" in run.record["key"]:
-        st.page_link("views/circuit.py", label="Open as a circuit", icon=":material/hub:", query_params={"run": run.id})
+    ways_on(run)
     for table in plots.tables(result):
         st.subheader(table.title, anchor=False)
         cells = {widgets.plain(name): list(map(widgets.plain, column)) for name, column in table.columns.items()}
@@ -49,6 +48,17 @@ def show(run: Run, top: DeltaGenerator) -> None:
     st.subheader("Run it again", anchor=False)
     st.code(run.record["command"], language="bash", wrap_lines=True)
     provenance(run)
+
+
+def ways_on(run: Run) -> None:
+    """Where else this run can be looked at."""
+    has_circuit = judging.has_circuit(run.result) and "task" in run.record["key"]
+    ways = [("circuit", "Open as a circuit", "hub", "run")] if has_circuit else []
+    ways += [("compare", "Compare with another run", "compare_arrows", "a"), ("export", "Export", "archive", "run")]
+    for column, (page, label, icon, name) in zip(st.columns(4), ways, strict=False):
+        column.page_link(f"views/{page}.py", label=label, icon=f":material/{icon}:", query_params={name: run.id})
+    if (origin := bundle.origin(run)) is not None:
+        st.caption(widgets.plain(f"Imported {origin['imported']}; sha256 of its bundle {origin['sha256']}."))
 
 
 def heading(run: Run, top: DeltaGenerator) -> None:

@@ -254,9 +254,9 @@ def test_from_scores_to_the_ablation_of_a_node_and_back_by_its_address(
     """Real jobs on a model of the package: faithfulness at each size, a node picked in the graph, and without it."""
     found = runs.run("eap", model="pycode-small-dense", task="with_as", n=16)
     page = visitor.page
-    page.goto(f"{url}/run?run={found.id}")
-    page.get_by_text("Open as a circuit").click()
-    page.wait_for_url("**/circuit?*")
+    page.goto(url)
+    page.get_by_role("link", name="circuit", exact=True).click()  # of what was computed last
+    page.wait_for_url(f"**/circuit?run={found.id}*")
     page.get_by_role("button", name="Measure faithfulness").click()
     page.get_by_text("metric of the model").wait_for()
     page.goto(f"{url}/circuit?run={found.id}&size=100&node=m1&without=m1")
