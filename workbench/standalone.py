@@ -171,6 +171,16 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{name}", text
 
 
+def drawn(figure: Any) -> str:
+    """A figure as SVG, drawn as `svg` does."""
+    scripts = f"<script>{get_plotlyjs()}</script><script>{_BOOT}</script>"
+    text = figure.to_json().replace("<", "\\u003c")
+    return svg(
+        f'<!DOCTYPE html><meta charset="utf-8"><body><div id="figure" data-name="figure"></div>'
+        f'<script type="application/json" id="drawn">{text}</script>{scripts}'
+    )
+
+
 def svg(text: str) -> str:
     """The figure of a page, as a Chromium or Chrome of this machine draws it. Raises UserError if there is none."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)

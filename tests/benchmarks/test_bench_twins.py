@@ -17,17 +17,19 @@ fall with density at both widths, and at equal nonzeros with the width.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 import pytest
 
 from circuits.sparse.shipped import DATA
 from circuits.sparse.validate import geometric_mean
 from tests.benchmarks import harness
-from workbench import places, runs
+from workbench import canvas, places, runs, standalone
 
 WITHIN = 0.02  # nats, in which losses count as equal
 ATTEMPTS, SLOPE = 6, -0.16  # nats, for e times the tokens, of dense models of this size
@@ -125,3 +127,28 @@ def test_frontier(width: int, density: float, home: Path) -> None:
     mean = round(geometric_mean(edges), 1) if edges else None
     name = f"frontier-{width}-{round(1 / density)}"
     harness.record(name, {"width": width, "density": density, "geometric_mean_edges": mean, **model})
+
+
+@pytest.mark.slow
+def test_the_frontier_is_drawn(tmp_path: Path) -> None:
+    """From the figures that are kept: over the tasks of which every model has a circuit with edges."""
+    rows = [json.loads(path.read_text()) for path in sorted(harness.RESULTS.glob("frontier-*-*-cpu.json"))]
+    common = set.intersection(*({name for name, edges in row["edges"].items() if edges} for row in rows))
+    fig = go.Figure()
+    for i, width in enumerate(sorted({row["width"] for row in rows})):
+        some = sorted((row for row in rows if row["width"] == width), key=lambda row: -row["density"])
+        shade = (canvas.POSITIVE, canvas.NEGATIVE)[i % 2].format(1)
+        fig.add_scatter(
+            x=[geometric_mean([row["edges"][name] for name in common]) for row in some],
+            y=[row["held_out_loss"] for row in some], name=f"width {width}", mode="lines+markers+text",
+            text=[f"1/{round(1 / row['density'])}" for row in some], textposition="top center",
+            marker={"size": 9, "symbol": ("circle", "diamond")[i % 2], "color": shade},
+            line={"color": shade, "width": 2},
+        )  # fmt: skip
+    fig.update_xaxes(type="log", title_text=f"edges, geometric mean over {len(common)} tasks")
+    fig.update_yaxes(title_text="held-out loss, nats per token")
+    fig.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+    canvas.finish(fig, 320, top=40)
+    path = tmp_path if harness.QUICK else Path(__file__).parents[2] / "docs"
+    (path / "frontier.svg").write_text(standalone.drawn(fig))
+    harness.record("frontier", {"tasks": sorted(common), "models": len(rows)})
