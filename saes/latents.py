@@ -272,7 +272,7 @@ class Show:
         x = self.store.get(self.model, [ids], [self.sae.hook])[self.sae.hook][0][1:]
         with torch.no_grad():
             values = self.sae.encode(x.to(self.sae.W_enc.device))[:, latent].tolist()
-        return Example(tuple(self.model.token_strings(ids[1:].tolist())), tuple(values), position)
+        return Example(tuple(pieces(self.model, ids[1:].tolist())), tuple(values), position)
 
     @cached_property
     def _unembed(self) -> Float[Tensor, "d_model vocab"]:
@@ -303,3 +303,17 @@ class Show:
         cosine[latent] = -math.inf
         best = cosine.topk(min(k, len(cosine) - 1))
         return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+def pieces(model: LanguageModel, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text: of a sign that takes several tokens, the last has it and the others are empty.
+    Together they are the text."""
+    found, start = [], 0
+    for i in range(len(ids)):
+        text = str(model.tokenizer.decode(list(ids[start : i + 1])))
+        if text.endswith("\ufffd") and i - start < 3 and i + 1 < len(ids):  # UTF-8 has at most 4 bytes for a sign
+            text = ""
+        else:
+            start = i + 1
+        found.append(text)
+    return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saes.latents import AT_ONCE, Example, one_of
+from saes.latents import AT_ONCE, Example, one_of, pieces
 from saes.pretrained import fit, load
 from saes.sae import SAE
 from workbench.activations import ActivationStore
@@ -120,20 +120,6 @@ def _encoded(sae: SAE, x: Float[Tensor, "pos d"]) -> Iterator[Float[Tensor, "_ l
         with torch.no_grad():
             encoded = sae.encode(part)
         yield encoded
-
-
-def pieces(model: LanguageModel, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text: of a sign that takes several tokens, the last has it and the others are empty.
-    Together they are the text."""
-    found, start = [], 0
-    for i in range(len(ids)):
-        text = str(model.tokenizer.decode(list(ids[start : i + 1])))
-        if text.endswith("\ufffd") and i - start < 3 and i + 1 < len(ids):  # UTF-8 has at most 4 bytes for a sign
-            text = ""
-        else:
-            start = i + 1
-        found.append(text)
-    return found
 
 
 def numbers(which: str) -> list[int]:

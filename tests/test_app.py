@@ -316,7 +316,8 @@ def test_a_record_changed_by_hand_never_breaks_a_page(changes: dict[str, Any]) -
 def test_an_analysis_that_is_no_longer_installed_is_a_sentence() -> None:
     id = save(node_scores())
     edit(id, key=json.loads((folder(id) / "record.json").read_text())["key"] | {"analysis": "gone"})
-    assert "'gone'" in refusal(run_page(id))
+    sentence = refusal(run_page(id))
+    assert "'gone'" in sentence and "damaged" not in sentence
 
 
 def test_text_from_a_run_is_never_markup() -> None:

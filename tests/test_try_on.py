@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from saes import try_figures, try_on, whereabouts
-from saes.latents import Example
+from saes.latents import Example, pieces
 from saes.pretrained import DATA
 from saes.sae import SAE
 from tests.test_app import HOSTILE
@@ -102,15 +102,15 @@ def test_ten_megabytes_are_refused_before_a_tokenizer_sees_them(
 @pytest.mark.parametrize("text", ["", "one two", "日本語のテキスト 🎉 é", "a\n\tb  c ", HOSTILE])
 def test_pieces_are_the_text(text: str, tiny: LanguageModel) -> None:
     ids = tiny.token_ids(text)
-    found = try_on.pieces(tiny, ids)
+    found = pieces(tiny, ids)
     assert len(found) == len(ids) and "".join(found) == text and not any("\ufffd" in piece for piece in found)
 
 
 def test_pieces_of_half_a_sign_end(tiny: LanguageModel) -> None:
     """Bytes that never become a sign are shown as what they are, and what follows is not held back by them."""
     half = tiny.token_ids("é")[:1]
-    assert try_on.pieces(tiny, half * 9)[-1].endswith("\ufffd")
-    assert "".join(try_on.pieces(tiny, half * 9 + tiny.token_ids(" one"))).endswith(" one")
+    assert pieces(tiny, half * 9)[-1].endswith("\ufffd")
+    assert "".join(pieces(tiny, half * 9 + tiny.token_ids(" one"))).endswith(" one")
 
 
 def test_a_latent_for_french_sees_french(smollm: LanguageModel) -> None:

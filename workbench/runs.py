@@ -66,6 +66,8 @@ class Run:
             arrays = load_file(self.folder / "arrays.safetensors")
             declared = registry.get_analysis(self.record["key"]["analysis"]).result
             return results.decode(declared, self.record["result"], arrays)
+        except UserError:  # of an analysis that is not known here: nothing is damaged
+            raise
         # What reading a record that was changed by hand may raise.
         except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
             raise UserError(self._unreadable(error)) from error

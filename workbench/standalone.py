@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from html import escape, unescape
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from workbench import canvas, plots, registry, runs
+from workbench import canvas, plots, registry, runs, tables
 from workbench.errors import UserError
 from workbench.runs import Run
 
@@ -126,7 +126,9 @@ def page(run: Run, drawn: Any = None) -> str:
         definition=escape((plots.definition(result) or about).removesuffix(".")),
         tables=_side_by_side(_tables(result)),
         command=escape(record["command"]),
-        provenance="".join(_table(title, None, list(_flat(values))) for title, values in provenance.items() if values),
+        provenance="".join(
+            _table(title, None, list(tables.flat(values))) for title, values in provenance.items() if values
+        ),
         version=escape(runs.environment()["versions"]["mechinterp-workbench"]),
         drawn=figure.to_json().replace("<", "\\u003c"),
         **scripts,
@@ -159,16 +161,6 @@ def _table(title: str, header: Sequence[str] | None, rows: Sequence[Sequence[str
     head = "" if header is None else f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in header)}</tr>"
     body = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
     return f'<section><h3>{escape(title)}</h3><div class="scroll"><table>{head}{body}</table></div></section>'
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name} ")
-        else:
-            grouped = type(value) is int and name != "seed"
-            text = f"{value:,}" if grouped else f"{value:.4g}" if isinstance(value, float) else str(value)
-            yield f"{prefix}{name}", text
 
 
 def drawn(figure: Any) -> str:

@@ -1,9 +1,9 @@
-"""Tables and runs for the terminal, and JSON for programs."""
+"""Tables, runs and records in words, and JSON for programs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -40,6 +40,19 @@ def describe(done: Any) -> str:
         lines.append(f"  {name}  {_plain(value)}")
     lines.append(f"  again  {done.record['command']}")
     return "\n".join(lines)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values of a record in words, whatever is nested written out."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name} ")
+        elif name.endswith(("_bytes", "_budget")):
+            yield f"{prefix}{name}", f"{value / 1e6:,.1f} MB"
+        elif isinstance(value, float):
+            yield f"{prefix}{name}", f"{value:.4g}"
+        else:
+            yield f"{prefix}{name}", f"{value:,}" if type(value) is int and name != "seed" else str(value)
 
 
 def _plain(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -11,7 +11,7 @@ from streamlit.delta_generator import DeltaGenerator
 
 from app import widgets
 from circuits import judging
-from workbench import bundle, canvas, plots, registry, runs
+from workbench import bundle, canvas, plots, registry, runs, tables
 from workbench.errors import UserError
 from workbench.lenses import AttentionResult, LensResult
 from workbench.runs import Run
@@ -170,25 +170,13 @@ def provenance(run: Run) -> None:
 
 def facts(values: Mapping[str, Any]) -> None:
     """Names and values as a table, whatever is nested written out."""
-    rows = [(widgets.plain(name), widgets.plain(text)) for name, text in flat(values)]
+    rows = [(widgets.plain(name), widgets.plain(text)) for name, text in tables.flat(values)]
     st.table(
         {"name": [name for name, _ in rows], "value": [text for _, text in rows]},
         border="horizontal",
         hide_index=True,
         hide_header=True,
     )
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name} ")
-        elif name.endswith(("_bytes", "_budget")):
-            yield f"{prefix}{name}", f"{value / 1e6:,.1f} MB"
-        elif isinstance(value, float):
-            yield f"{prefix}{name}", f"{value:.4g}"
-        else:
-            yield f"{prefix}{name}", f"{value:,}" if type(value) is int and name != "seed" else str(value)
 
 
 top = st.container(gap=None)

@@ -21,12 +21,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saes.latents import one_of, rows
+from saes.latents import one_of, pieces, rows
 from saes.pretrained import fit, load
 from saes.sae import SAE
 from saes.steering.languages import identify
 from saes.steering.steer import Kind, Plan, Scope, Steering, positions, steer
-from saes.try_on import check_text, pieces
+from saes.try_on import check_text
 from workbench import texts
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
