@@ -11,8 +11,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
-from tests.conftest import On
-from workbench import canvas, plots, registry, runs
+from workbench import canvas, plots
 from workbench.errors import UserError
 from workbench.lenses import AttentionResult, LensResult
 from workbench.scores import NodeScores, head, mlp
@@ -234,13 +233,6 @@ def test_a_result_that_carries_scores_is_drawn_as_its_scores() -> None:
 def test_an_unknown_result_is_refused_in_a_sentence() -> None:
     with pytest.raises(UserError, match="a dict has no figure"):
         plots.figure({})
-
-
-@pytest.mark.parametrize("name", registry.analyses())
-def test_every_analysis_has_a_figure_and_a_definition(name: str, on: On) -> None:
-    result = runs.run(name, **on(name)).result
-    assert plots.figure(result).data
-    assert plots.definition(result) or registry.get_analysis(name).about
 
 
 def test_ranking_is_by_size_with_the_error_beside_it() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import On
-from workbench import prompts, registry, results, runs, settings
+from workbench import plots, prompts, registry, results, runs, settings
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
@@ -36,7 +36,7 @@ def equal(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("name", sorted(registry.analyses()))
 def test_contract_of_every_analysis(name: str, on: On, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deterministic, a hit the second time, round-trips, describes itself, refuses what it does not know."""
+    """Deterministic, a hit the second time, round-trips, is drawn, describes itself, refuses what it does not know."""
     chosen = registry.get_analysis(name)
     assert chosen.about and all(p.help for p in chosen.parameters.values())
     few = on(name)
@@ -45,6 +45,7 @@ def test_contract_of_every_analysis(name: str, on: On, tmp_path: Path, monkeypat
     again = runs.run(name, **few)
     assert again.hit and again.forward_passes == 0 and again.summary == first.summary
     stored = first.result
+    assert plots.figure(stored).data and (plots.definition(stored) or chosen.about)
     earlier = settings.home() / "runs"
     monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path / "other"))
     if "found" in few:  # another run, which it is about

@@ -131,3 +131,12 @@ def test_the_table_has_the_circuits_that_pruning_finds(sparse_coder: LanguageMod
         assert circuit.edges == alone.circuit.edges and len(circuit) == row.edges
     with pytest.raises(UserError, match="circuit of the task"):
         table.circuit("bananas", sparse_coder)
+
+
+@pytest.mark.slow
+def test_a_circuit_is_validated_unless_told_otherwise(sparse_coder: LanguageModel) -> None:
+    quick = {name: value for name, value in SHORT["sparse-prune"].items() if name != "controls"}
+    found = runs.run("sparse-prune", model=sparse_coder, task="with_as", n=2, **quick).result
+    assert found.validation is not None
+    assert found.validation.sufficiency.loss == pytest.approx(found.pruned.held_out)
+    assert {"necessity", "nonsense"} & set(found.summary()) and not {"necessity"} & set(found.pruned.summary())
