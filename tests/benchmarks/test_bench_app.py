@@ -10,6 +10,7 @@ Each in a browser session that has the app open, after a first visit that import
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -19,8 +20,8 @@ from typing import Any
 import pytest
 
 from tests.benchmarks import harness
-from tests.browser.test_browser import CHROMIUM, Visitor, url, visitor
-from tests.test_app import edit, folder, save
+from tests.browser.test_browser import CHROMIUM, SHIPPED, Visitor, url, visitor
+from tests.test_app import folder, save
 from tests.test_plots import node_scores
 from workbench import runs
 
@@ -71,7 +72,7 @@ def test_time_to_a_drawn_page(url: str, visitor: Visitor, tmp_path: Path) -> Non
         page.locator(".js-plotly-plot").nth(1).wait_for()
         page.locator(rest).wait_for()
 
-    few = sum(1 for _ in runs.all_runs()[0])
+    few = SHIPPED + len(runs.all_runs()[0])
     listed(few)
     clicked()
     click = harness.quartiles([clicked() for _ in range(harness.size(9, 1))])
@@ -82,7 +83,8 @@ def test_time_to_a_drawn_page(url: str, visitor: Visitor, tmp_path: Path) -> Non
     for i in range(N):
         copy = template.with_name(f"{template.name}-{i:04}")
         shutil.copytree(template, copy)
-        edit(copy.name, id=copy.name)
+        record = json.loads((copy / "record.json").read_text()) | {"id": copy.name}
+        (copy / "record.json").write_text(json.dumps(record))
     total = few + N
     first = seconds(lambda: listed(total), rounds=1)
     harness.record(
