@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -49,6 +50,19 @@ def refusal(sentence: str) -> None:
 def damaged(run: Run, error: Exception) -> UserError:
     why = f"{type(error).__name__}: {error}"
     return UserError(f"run {run.id} is damaged ({why}); delete {run.folder} and run it again.")
+
+
+@contextmanager
+def whole(run: Run | None) -> Iterator[None]:
+    """Whatever reading a record that was changed by hand raises is a sentence about the run."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BROKEN as error:
+        if run is None:
+            raise
+        raise damaged(run, error) from error
 
 
 def listing() -> tuple[list[dict[str, Any]], list[str]]:

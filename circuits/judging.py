@@ -89,15 +89,14 @@ def scores_of(run: Run) -> NodeScores | EdgeScores | None:
 
 
 def graph_of(run: Run) -> Graph | None:
-    """The graph that scores of nodes are about, if they are of all heads and the model is on this machine."""
+    """The graph that a run's scores are about; for scores of nodes that of its model, if that is on this machine."""
     scores = scores_of(run)
     if isinstance(scores, EdgeScores):
         return scores.graph
-    parallel = pretrained.is_parallel(run.record["model_name"])
-    if scores is None or parallel is None or not scores.heads():
+    shape = pretrained.shape(run.record["model_name"])
+    if scores is None or shape is None:
         return None
-    n_layers, n_heads = scores.grid().shape
-    graph = transformer(n_layers, n_heads, parallel)
+    graph = transformer(*shape)
     return graph if set(scores.nodes) <= set(graph.nodes) else None
 
 

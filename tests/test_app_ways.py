@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 from streamlit.testing.v1 import AppTest
@@ -15,9 +19,11 @@ from saes.steering.evaluate import Verdict
 from saes.steering.language_steering import LanguageSteering, Recipe
 from saes.steering.side_effects import Bits
 from saes.steering.sweep import Cell
-from tests.test_app import HOSTILE, MAIN, edit, save, text
+from tests.conftest import CONFIGS
+from tests.test_app import HOSTILE, MAIN, edit, folder, save, text
 from tests.test_plots import lens_result, node_scores
-from workbench import health, places, pretrained, runs, settings
+from workbench import health, places, pretrained, registry, runs, settings
+from workbench.models import LanguageModel
 
 ON: dict[str, Any] = {"model": "pycode-small-dense", "task": "with_as", "n": 16}
 
@@ -91,20 +97,37 @@ def test_scored_nodes_are_a_circuit_where_the_model_is_known() -> None:
     assert not page("circuit", run=run.id).selectbox
 
 
-@pytest.mark.parametrize(
-    ("config", "parallel"),
-    [
-        ({"model_type": "llama"}, False),
-        ({"model_type": "gpt_neox"}, True),  # the library's default
-        ({"model_type": "gpt_neox", "use_parallel_residual": False}, False),
-    ],
-)
-def test_whether_a_block_is_parallel_is_read_from_its_configuration(
-    config: dict[str, Any], parallel: bool, tmp_path: Path
+def test_scores_of_some_heads_alone_are_of_the_whole_graph() -> None:
+    """As a method scores them that looks at what comes before a layer: later layers are still between it and logits."""
+    run, whole = runs.run("patching", **ON), runs.run("eap", **ON).result.graph
+    part = replace(run.result, nodes=run.result.nodes[:5], scores=run.result.scores[:5], per_prompt=None)
+    id = save(part)
+    edit(id, model_name=ON["model"])
+    graph = judging.graph_of(runs.get_run(id))
+    assert graph is not None and graph.same_as(whole)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if not kind.startswith("weight_sparse")])
+def test_the_shape_of_a_model_is_read_from_its_configuration(
+    kind: str, make_tiny: Callable[..., LanguageModel], tmp_path: Path
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert pretrained.is_parallel(str(tmp_path)) is parallel
-    assert pretrained.is_parallel("smollm2-135m") is None  # not fetched for this
+    model = make_tiny(kind)
+    model._module.save_pretrained(tmp_path)
+    config = model.config
+    assert pretrained.shape(str(tmp_path)) == (config.n_layers, config.n_heads, config.parallel_attn_mlp)
+
+
+def test_what_a_configuration_does_not_say(tmp_path: Path) -> None:
+    config = LanguageModel.load("pycode-small").config  # in a format of its own
+    assert pretrained.shape("pycode-small") == (config.n_layers, config.n_heads, config.parallel_attn_mlp)
+    assert pretrained.shape("smollm2-135m") is None  # not fetched for this
+    for config, shape in (
+        ({"model_type": "gpt_neox", "n_layer": 2, "n_head": 3}, (2, 3, True)),  # the library's default
+        ({"model_type": "gpt_neox", "n_layer": 2, "n_head": 3, "use_parallel_residual": False}, (2, 3, False)),
+        ({"model_type": "llama", "num_hidden_layers": 2}, None),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert pretrained.shape(str(tmp_path)) == shape
 
 
 # ---- discovery ----
@@ -211,7 +234,13 @@ def test_a_finished_search_is_shown_and_judged_blind() -> None:
     app.toggle(key="blind named").set_value(True).run()
     named = [caption.value.split(" · ")[1] for caption in app.caption if caption.value[:4] in ("A · ", "B · ", "C · ")]
     assert [name.replace("unsteered", "none") for name in named] == order
-    assert "Play with it" in links(app)
+    (link,) = [link for link in app.get("page_link") if link.label == "Play with it"]
+    query = {name: value for name, (value,) in parse_qs(link.proto.query_string).items()}
+    recipe = steered().recipe
+    assert (query["sae"], query["hook"], query["latent"]) == (recipe.sae, recipe.hook, str(recipe.latent))
+    read = registry.bind(registry.get_analysis("steer"), query)
+    assert (read["strengths"], read["unit"], read["decay"]) == ("1.5", recipe.unit, recipe.decay)
+    assert (read["kind"], read["scope"]) == (recipe.kind, recipe.scope)
 
 
 def test_terms_come_before_a_search() -> None:
@@ -224,6 +253,13 @@ def test_terms_come_before_a_search() -> None:
 @pytest.mark.parametrize("id", ["../../x", HOSTILE, "none"])
 def test_no_such_search_is_a_sentence(id: str) -> None:
     assert "no run is called" in text(page("steering", run=id)).lower()
+
+
+def test_a_damaged_search_is_a_sentence() -> None:
+    id = save(steered(), "language-steering")  # whose record does not say to which language
+    assert "is damaged (KeyError: 'target')" in text(page("steering"))
+    shutil.rmtree(folder(id))
+    assert "damaged" not in text(page("steering"))
 
 
 def test_another_analysis_run_is_no_search() -> None:

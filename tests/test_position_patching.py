@@ -3,6 +3,7 @@ types."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from circuits import position_patching as lab
 from circuits import toy_weights
 from circuits.position_patching import HOOKS, PositionEffects, draw_pair, read_pair, read_positions, tokenizer_of
 from tests.conftest import CONFIGS
-from workbench import plots, pretrained, registry, runs, texts
+from workbench import bundle, plots, pretrained, registry, runs, texts
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
@@ -342,6 +343,20 @@ def test_a_run_is_found_again_and_its_prompts_are_in_its_record() -> None:
     assert runs.find("position-patching", model=SMALL, **LOOP) is not None
     assert run.record["key"]["parameters"]["clean"] == LOOP["clean"] and pretrained.fingerprint(SMALL)
     assert run.summary["logit_diff_clean"] == pytest.approx(run.result.clean)
+
+
+def test_the_command_of_a_run_gives_the_run_again() -> None:
+    """Also where a parameter has spaces and quotes, and a text has what is the name of a run or a path."""
+    words = {"clean": "/x = 1 # it's eap-ioi-0123456789ab\nfor a", "right": " in", "wrong": ":", "space": False}
+    found = runs.run(
+        "position-patching", model="pycode-small-dense", **words, corrupted=words["clean"][:-5] + "while a"
+    )
+    flags = shlex.split(found.record["command"])[3:]
+    given = dict(zip([flag.removeprefix("--") for flag in flags[::2]], flags[1::2], strict=True))
+    assert given["clean"] == words["clean"] and given["right"] == " in"
+    again = {name: value for name, value in given.items() if name not in ("model", "seed")}
+    assert runs.find("position-patching", model=given["model"], seed=int(given["seed"]), **again).id == found.id
+    assert bundle.needs(found) == [] and bundle.plan(found).left_out == {}
 
 
 def test_a_prompt_is_a_text_and_not_looked_up_as_a_file(tmp_path: Path) -> None:

@@ -73,12 +73,21 @@ def needs(run: Run) -> list[str]:
     ahead = [run]
     while ahead:
         record = ahead.pop().record
-        for word in (record["model_name"], *record["key"]["parameters"].values()):
-            for id in _ID.findall(word) if isinstance(word, str) else ():
+        for word in _named(record):
+            for id in _ID.findall(word):
                 if id not in (run.id, *found):
                     found.append(id)
                     ahead += [runs.get_run(id)] if places.folder_of(id) else []
     return sorted(found)
+
+
+def _named(record: Mapping[str, Any]) -> list[str]:
+    """What may name something else: the model, and parameters but those that are texts of one's own."""
+    key = record["key"]
+    known = registry.analyses().get(key["analysis"])
+    prose = {name for name, one in known.parameters.items() if one.kind == registry.Prose} if known else set()
+    words = [record["model_name"], *(value for name, value in key["parameters"].items() if name not in prose)]
+    return [word for word in words if isinstance(word, str)]
 
 
 class Plan(NamedTuple):
@@ -98,8 +107,8 @@ def plan(run: Run) -> Plan:
             left_out[f"runs/{id}"] = "this run comes with the package"
         else:
             folders[id] = folder
-    for word in (run.record["model_name"], *run.record["key"]["parameters"].values()):
-        if isinstance(word, str) and word.startswith(texts.PATHS):
+    for word in _named(run.record):
+        if word.startswith(texts.PATHS):
             left_out[word] = "a path of the machine that computed"
     files = {
         f"runs/{id}/{path.relative_to(folder).as_posix()}": path

@@ -160,13 +160,21 @@ def fingerprint(name: str) -> str | None:
     return None if folder is None else _combine(_digests(folder.resolve()))
 
 
-def is_parallel(name: str) -> bool | None:
-    """Whether attention and MLP of a block read the same residual stream; None if the model is not on this machine."""
+def shape(name: str) -> tuple[int, int, bool] | None:
+    """Layers, heads of each, and whether attention and MLP of a block read the same residual stream, of a model that is
+    on this machine, by its configuration alone; None if it is not, or does not say."""
     folder = _folder(name)
     if folder is None:
         return None
     config = json.loads((folder / "config.json").read_text())
-    return bool(config.get("use_parallel_residual", config.get("model_type") == "gpt_neox"))  # the library's default
+    layers, heads = (
+        next((int(config[key]) for key in keys if key in config), None)
+        for keys in (("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"))
+    )
+    if layers is None or heads is None:
+        return None
+    # As the library takes it where it is not said.
+    return layers, heads, bool(config.get("use_parallel_residual", config.get("model_type") == "gpt_neox"))
 
 
 def _folder(name: str) -> Path | None:

@@ -161,11 +161,7 @@ with top:
     key = run.record["key"]
     words = [key["analysis"], run.record["model_name"], key.get("task", "")]
     st.caption(" · ".join(widgets.plain(str(word)) for word in words if word))
-try:
+with widgets.whole(run):
     if not judging.has_circuit(run.result):
         raise UserError(f"{run.id} scores no heads, MLPs or edges, and found no circuit of them; take eap-ig, say.")
     show(run)
-except UserError:
-    raise
-except widgets.BROKEN as error:
-    raise widgets.damaged(run, error) from error

@@ -11,7 +11,6 @@ from app import widgets
 from circuits import compare
 from circuits.compare import Comparison
 from workbench import plots, registry, runs
-from workbench.errors import UserError
 
 FIRST = "eap-ig"
 BOUND: dict[str, Any] = {"bind": "query-params"}
@@ -89,15 +88,12 @@ def several(on: dict[str, Any]) -> None:
 
 st.title("Find a circuit", anchor=False)
 st.caption("Which heads and MLPs make the model do a task, through which edges, and is that true?")
-try:
-    on = conditions()
-    task = registry.get_task(on["task"])
-    st.caption(widgets.plain(task.about))
-    left, right = st.columns(2, gap="large")
-    with left:
-        one(on)
-    with right:
-        earlier(on)
-    several(on)
-except UserError as error:
-    widgets.refusal(str(error))
+on = conditions()
+task = registry.get_task(on["task"])
+st.caption(widgets.plain(task.about))
+left, right = st.columns(2, gap="large")
+with left:
+    one(on)
+with right:
+    earlier(on)
+several(on)

@@ -159,11 +159,7 @@ with out:
     chosen = choose()
     if chosen:
         run = runs.get_run(chosen)
-        try:
+        with widgets.whole(run):
             take_away(run)
-        except UserError:
-            raise
-        except widgets.BROKEN as error:
-            raise widgets.damaged(run, error) from error
     else:
         st.markdown("**No runs yet.** Start one under *Start*, or bring one in.")

@@ -226,9 +226,5 @@ if found is None:
         widgets.refusal(str(error))
 keep(on, found)
 if found is not None:
-    try:
+    with widgets.whole(found):
         outcome(found)
-    except UserError:
-        raise
-    except widgets.BROKEN as error:
-        raise widgets.damaged(found, error) from error

@@ -247,11 +247,5 @@ names, given = whereabouts.known(), st.query_params.get("run", "")
 if not names:
     raise UserError(NONE)
 run = of_latents(given) if given else None
-try:
+with widgets.whole(run):
     show(names, run)
-except UserError:
-    raise
-except widgets.BROKEN as error:
-    if run is None:
-        raise
-    raise widgets.damaged(run, error) from error

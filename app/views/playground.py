@@ -237,11 +237,5 @@ given = st.query_params.get("run", "")
 if not names:
     raise UserError("no SAE has a name here; train one: wb run train-sae --model smollm2-135m --hooks 20.")
 run = of_steer(given) if given else None
-try:
+with widgets.whole(run):
     page(names, run)
-except UserError:
-    raise
-except widgets.BROKEN as error:
-    if run is None:
-        raise
-    raise widgets.damaged(run, error) from error

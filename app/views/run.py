@@ -186,9 +186,5 @@ if not chosen:
     raise UserError("no run is chosen; pick one from the list of all runs.")
 run = runs.get_run(chosen)
 st.set_page_config(page_title=f"{run.id} · Workbench")
-try:
+with widgets.whole(run):
     show(run, top)
-except UserError:
-    raise
-except widgets.BROKEN as error:
-    raise widgets.damaged(run, error) from error

@@ -136,10 +136,13 @@ st.caption("Most weights of these models are zero, so that what does a task is a
 known: dict[str, Any] = training_run.trained()
 try:
     model = str(st.selectbox("model", list(known), key="sparse model", bind="query-params", width=360))
-    training(runs.get_run(known[model]))
+    run = runs.get_run(known[model])
+    with widgets.whole(run):
+        training(run)
     tasks = all_tasks(model, known[model])
     if tasks is not None:
-        one_task(model, tasks)
+        with widgets.whole(tasks):
+            one_task(model, tasks)
 except UserError as error:
     widgets.refusal(str(error))
 st.subheader("Train one", anchor=False)

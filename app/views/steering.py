@@ -50,6 +50,12 @@ def finished() -> list[dict[str, Any]]:
     return [row for row in widgets.listing()[0] if row["analysis"] == ANALYSIS]
 
 
+def language(run: Run) -> str:
+    with widgets.whole(run):
+        target = str(run.record["key"]["parameters"]["target"])
+    return LANGUAGES.get(target, target)
+
+
 def show(run: Run, result: LanguageSteering) -> None:
     recipe = result.recipe
     verdict = result.table["latent"]
@@ -69,7 +75,8 @@ def show(run: Run, result: LanguageSteering) -> None:
         column.metric(label, "none" if value is None else f"{value:.2f}", help=about)
     left, right = st.columns(2)
     left.page_link("views/run.py", label="Its run", icon=":material/description:", query_params={"run": run.id})
-    given = {"sae": recipe.sae, "hook": recipe.hook, "latent": str(recipe.latent), "model": recipe.model}
+    names = ("sae", "hook", "latent", "kind", "scope", "unit", "decay")
+    given = {"strengths": str(recipe.strength), **{name: str(getattr(recipe, name)) for name in names}}
     right.page_link("views/playground.py", label="Play with it", icon=":material/tune:", query_params=given)
     widgets.chart(plots.figure(result), key="steering figure")
     st.caption(widgets.plain(plots.definition(result)))
@@ -114,22 +121,17 @@ def blind(run: Run, result: LanguageSteering) -> None:
 
 st.title("Steer a language", anchor=False)
 st.caption("The one latent that makes a model go on in another language, against every alternative.")
-try:
-    chosen = st.query_params.get("run", "")
-    rows = finished()
-    if chosen:
-        run = runs.get_run(chosen)
+chosen = st.query_params.get("run", "")
+if chosen:
+    run = runs.get_run(chosen)
+    with widgets.whole(run):
         result = run.result
         if not isinstance(result, LanguageSteering):
             raise UserError(f"{run.id} is of {run.record['key']['analysis']}; choose one of {ANALYSIS}.")
         show(run, result)
-    for row in rows:
-        target = runs.get_run(row["run"]).record["key"]["parameters"].get("target", "")
-        label = f"{row['model']} · {LANGUAGES.get(target, target)} · {row['created']:%-d %b, %H:%M}"
-        st.page_link(
-            "views/steering.py", label=widgets.plain(label), icon=":material/translate:",
-            query_params={"run": row["run"]},
-        )  # fmt: skip
-    search()
-except UserError as error:
-    widgets.refusal(str(error))
+for row in finished():
+    label = f"{row['model']} · {language(runs.get_run(row['run']))} · {row['created']:%-d %b, %H:%M}"
+    st.page_link(
+        "views/steering.py", label=widgets.plain(label), icon=":material/translate:", query_params={"run": row["run"]}
+    )
+search()
