@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,6 +44,17 @@ def test_a_share_of_all_is_the_size_that_it_is_of(tiny: LanguageModel, store: Ac
     sizes = [n for n in range(total) if int(n / total * total) != n][:3]
     curve = evaluate.curve(tiny, drawn(tiny), store, scores, fractions=[n / total for n in sizes])
     assert sizes and curve.items.tolist() == sizes
+
+
+def test_the_strongest_node_is_that_through_whose_edges_most_goes(tiny: LanguageModel) -> None:
+    graph = Graph.of(tiny.config)
+    weights = torch.zeros(len(graph))
+    for name, weight in (("a0.h1->m0", 1.0), ("a0.h1->logits", -2.0), ("m0->logits", 2.5), ("input->a0.h1<q>", 9.0)):
+        weights[graph.index[name]] = weight
+    circuit = Circuit(graph, weights != 0, "by hand", weights=weights)
+    assert judging.strongest(circuit, None) == "a0.h1"
+    without = replace(circuit, kept=circuit.kept & (weights != -2.0))  # what is not kept does not count
+    assert judging.strongest(without, None) == "m0"
 
 
 def test_a_circuit_without_a_node_has_that_nodes_edges_cut(tiny: LanguageModel, store: ActivationStore) -> None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 
 from circuits.graph import Circuit, Graph
 from circuits.sparse.channels import Channels
 from circuits.sparse.circuit_figures import sizes_figure
+from circuits.sparse.masked import MOST_SCALE
+from circuits.sparse.prune import ask
+from circuits.sparse.pruning_run import drawn, stream_of
+from circuits.sparse.shipped import DATA
 from circuits.sparse.sizes import SizedCircuit, compact
 from tests.conftest import QUICK
-from workbench import plots, results, runs
+from workbench import places, plots, registry, results, runs
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.runs import Run
@@ -18,14 +28,24 @@ from workbench.runs import Run
 PAIRS = QUICK["sparse-tasks"]["pairs"]
 
 
-@pytest.fixture
-def tasks(sparse_coder: LanguageModel) -> Run:
-    return runs.run("sparse-tasks", model=sparse_coder, **QUICK["sparse-tasks"])
+@pytest.fixture(scope="module")
+def made(sparse_coder: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """Circuits of some tasks, and one of them read, computed once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORKBENCH_HOME", str(tmp_path_factory.mktemp("made")))
+        tasks = runs.run("sparse-tasks", model=sparse_coder, **QUICK["sparse-tasks"])
+        return tasks, runs.run("sparse-circuit", model=sparse_coder, task="with_as", n=PAIRS, found=tasks.id)
 
 
 @pytest.fixture
-def found(tasks: Run, sparse_coder: LanguageModel) -> SizedCircuit:
-    result = runs.run("sparse-circuit", model=sparse_coder, task="with_as", n=PAIRS, found=tasks.id).result
+def tasks(made: tuple[Run, Run], home: Path) -> Run:
+    shutil.copytree(made[0].folder, home / "runs" / made[0].id)
+    return runs.get_run(made[0].id)
+
+
+@pytest.fixture
+def found(made: tuple[Run, Run]) -> SizedCircuit:
+    result = made[1].result
     assert isinstance(result, SizedCircuit)
     return result
 
@@ -86,3 +106,34 @@ def test_what_names_no_such_circuit_is_a_sentence(tasks: Run, sparse_coder: Lang
         ask(found=runs.run("eap", model=tiny, task="ioi", n=6).id)
     with pytest.raises(UserError, match="with other weights than"):
         ask(model=tiny, task="ioi", found=tasks.id)
+
+
+@pytest.mark.slow
+def test_the_loss_of_each_size_is_that_of_its_channels_alone() -> None:
+    """By masks made here, and scale and shift found by another minimiser on the pairs that the circuit was found on."""
+    places.ship(DATA / "runs")
+    model = LanguageModel.load("pycode-small")
+    tasks = next(run for run in runs.all_runs()[0] if run.id == "sparse-tasks-7cfb2f4acddb")
+    task = "set_or_string_fixedvarname"
+    found = runs.run("sparse-circuit", model=model, task=task, n=4, found=tasks.id).result
+    train, test = drawn(registry.get_task(task), model, 4, 0)
+    question = ask(model, train, test, stream_of(model))
+    names, order = question.judge.channels.names, sorted(found.reading.nodes, key=lambda node: -node.loss_without)
+
+    def loss(kept: set[str]) -> float:
+        mask = torch.tensor([float(name in kept) for name in names])
+        odds = [part.odds(mask).double().numpy() for part in (question.find, question.judge)]
+        signs = [np.where(part.pairs.is_one.numpy(), 1.0, -1.0) for part in (question.find, question.judge)]
+
+        def of(scale: Any, part: int) -> float:
+            return float(np.logaddexp(0, -(odds[part] * scale[0] + signs[part] * scale[1])).mean())
+
+        fitted = minimize(
+            of, (1.0, 0.0), args=(0,), bounds=[(0, MOST_SCALE), (None, None)], method="L-BFGS-B", tol=1e-12
+        )
+        return of(fitted.x, 1)
+
+    for size, value in zip(found.sizes.tolist()[:-1], found.loss.tolist(), strict=False):
+        assert value == pytest.approx(loss({node.name for node in order[:size]}), abs=2e-3), size
+    assert found.none == pytest.approx(loss(set()), abs=2e-3)
+    assert float(found.loss[-1]) < min(found.none, float(found.loss[0]))
