@@ -13,6 +13,7 @@ from circuits import ig_activations as ig_activations
 from circuits import intervention as intervention
 from circuits import judging as judging
 from circuits import masks as masks
+from circuits import node_patching as node_patching
 from circuits import patching as patching
 from circuits import path_patching as path_patching
 from circuits import position_figures as position_figures

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from html import escape
 
 import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 
+from circuits.arranging import Arranged
 from circuits.compare import Comparison
 from circuits.evaluate import Curve, Report
 from circuits.features import FeatureScores
 from circuits.graph import INPUT, LOGITS, Circuit, EdgeScores, Graph, node_of, top_edges
-from workbench import canvas
+from workbench import canvas, sites
 from workbench.plots import definition, figure
 
+MIDDLE = 16  # pixels around the middle of an edge; larger than any node, which Plotly prefers where they overlap
 EDGES = 150  # drawn of a graph: more are a carpet
 PORT_COLOURS = {"q": "rgba(26,115,200,{})", "k": "rgba(64,160,112,{})", "v": "rgba(226,98,16,{})"}
 OTHER = "rgba(128,128,128,{})"
@@ -38,101 +42,163 @@ def _(result: EdgeScores) -> str:
 @figure.register
 def circuit_figure(result: Circuit) -> go.Figure:
     """The circuit as a layered graph: input below, logits above."""
-    shown = result
-    if len(result) > EDGES:
-        weight = result.kept.float() if result.weights is None else result.weights.abs() * result.kept
-        kept = torch.zeros_like(result.kept)
-        kept[weight.topk(EDGES).indices] = True
-        shown = Circuit(result.graph, kept & result.kept, result.definition, weights=result.weights)
-    return _graph(shown, "weight")
+    return _graph(_drawn(result), "weight")
 
 
 @definition.register
 def _(result: Circuit) -> str:
-    which = "" if result.weights is None else "strongest "
-    more = f"{EDGES} {which}of {len(result):,} edges are drawn; " if len(result) > EDGES else ""
-    return more + result.definition
+    return _how_many(result) + result.definition
 
 
-def _places(graph: Graph, nodes: set[str]) -> dict[str, tuple[float, float]]:
-    """x and y of every node that is drawn: heads and MLP of a layer side by side, layers from below."""
-    layers: dict[int, list[str]] = {}
+@figure.register
+def arranged_figure(result: Arranged) -> go.Figure:
+    """The same graph with its groups as nodes, each where its first member was."""
+    levels = {name: _row_of_heads(min(map(_level, members))) for name, members in result.groups.items()}
+    return _graph(_drawn(result.shown), "weight", levels)
+
+
+@definition.register
+def _(result: Arranged) -> str:
+    return _how_many(result.shown) + result.definition
+
+
+def _row_of_heads(level: Level) -> Level:
+    return (level[0], HEADS) if level[1] == MLP else level
+
+
+def _drawn(circuit: Circuit) -> Circuit:
+    """The strongest edges, as many as can be seen."""
+    if len(circuit) <= EDGES:
+        return circuit
+    weight = circuit.kept.float() if circuit.weights is None else circuit.weights.abs() * circuit.kept
+    kept = torch.zeros_like(circuit.kept)
+    kept[weight.topk(EDGES).indices] = True
+    return replace(circuit, kept=kept & circuit.kept)
+
+
+def _how_many(circuit: Circuit) -> str:
+    which = "" if circuit.weights is None else "strongest "
+    return f"{EDGES} {which}of {len(circuit):,} edges are drawn; " if len(circuit) > EDGES else ""
+
+
+Level = tuple[int, int]  # layer, and order in it
+HEADS, MLP = -2, -1  # beside the places of hook points
+
+
+def _level(name: str) -> Level:
+    """Where a node is drawn: latents at their hook point, heads and MLPs in their layer."""
+    hook, slash, _ = name.rpartition("/")
+    if slash:
+        return sites.depth(hook)
+    digits = "".join(c for c in name.split(".")[0] if c.isdigit())
+    return (int(digits) if digits else 0, MLP if name.startswith("m") else HEADS)
+
+
+def _places(
+    graph: Graph, nodes: set[str], levels: Mapping[str, Level]
+) -> tuple[dict[str, tuple[float, float]], dict[float, str]]:
+    """x and y of every node that is drawn, lower levels below, MLPs in a column of their own a little above the heads
+    of their layer; and the names of rows by their y."""
+    rows: dict[Level, list[str]] = {}
     for name in graph.nodes:
         if name in nodes:
-            layers.setdefault(_layer(name), []).append(name)
-    places = {INPUT: (0.0, 0.0)}
-    rows = 0
-    for layer in sorted(layers):
-        heads = [name for name in layers[layer] if not name.startswith("m")]
-        mlps = [name for name in layers[layer] if name.startswith("m")]
-        for row in (heads, mlps):
-            rows += bool(row)
-            places |= {name: (i - (len(row) - 1) / 2, float(rows)) for i, name in enumerate(row)}
-    return places | {LOGITS: (0.0, rows + 1.0)}
+            rows.setdefault(levels.get(name) or _level(name), []).append(name)
+    places, titles = {INPUT: (0.0, 0.0)} if INPUT in graph.sources else {}, {}
+    column = -max([len(row) for level, row in rows.items() if level[1] != MLP] or [0]) / 2 - 0.6
+    y, layer = 0.0, -1
+    for level in sorted(rows):
+        row = rows[level]
+        beside = level[1] == MLP and level[0] == layer
+        y, layer = math.floor(y) + (0.4 if beside else 1.0), level[0]
+        x = column if level[1] == MLP else -(len(row) - 1) / 2
+        places |= {name: (x + i, y) for i, name in enumerate(row)}
+        hook, slash, _ = row[0].rpartition("/")
+        if slash:
+            titles[y] = hook.replace("blocks.", "").replace("hook_", "")
+        elif any(name.startswith("a") for name in row if name not in levels):
+            titles[y] = f"layer {level[0]}"
+    return places | {LOGITS: (0.0, math.floor(y) + 1.0)}, titles
 
 
-def _layer(name: str) -> int:
-    digits = "".join(c for c in name.split(".")[0] if c.isdigit())
-    return int(digits) if digits else 0
-
-
-def _graph(circuit: Circuit, unit: str) -> go.Figure:
+def _edges(fig: go.Figure, circuit: Circuit, places: Mapping[str, tuple[float, float]], unit: str) -> None:
+    """Lines, the strongest last; what each is called is said in its middle, so that at its ends a node is clicked."""
     graph = circuit.graph
-    places = _places(graph, set(circuit.nodes))
     weights = torch.ones(len(graph)) if circuit.weights is None else circuit.weights
     largest = float(weights[circuit.kept].abs().max()) if len(circuit) else 1.0
-    fig = go.Figure()
-    order = [i for i in circuit.kept.nonzero()[:, 0].tolist() if graph.names[i]]
-    for i in sorted(order, key=lambda i: abs(float(weights[i]))):
+    middles: list[tuple[float, float]] = []
+    said: list[str] = []
+    for i in sorted(circuit.kept.nonzero()[:, 0].tolist(), key=lambda i: abs(float(weights[i]))):
         source, destination = graph.sources[graph.edges[i, 0]], graph.destinations[graph.edges[i, 1]]
         port = destination[-2] if destination.endswith(">") else ""
         strength = math.sqrt(abs(float(weights[i])) / largest) if largest else 1.0
-        said = f" {canvas.number(float(weights[i]), 4)} {escape(unit)}"
+        said.append(f"{escape(graph.names[i])} {canvas.number(float(weights[i]), 4)} {escape(unit)}")
         if circuit.weights is None:  # all alike, and mostly many
-            strength, said = 0.1, ""
+            strength, said[-1] = 0.1, escape(graph.names[i])
         (x0, y0), (x1, y1) = places[source], places[node_of(destination)]
         bend = 0.12 * (y1 - y0) if abs(x1 - x0) < 0.2 and y1 - y0 > 1 else 0.0  # not through the nodes between
-        fig.add_trace(
-            go.Scatter(
-                x=[x0, (x0 + x1) / 2 + bend, x1],
-                y=[y0, (y0 + y1) / 2, y1],
-                mode="lines",
-                line={
-                    "color": PORT_COLOURS.get(port, OTHER).format(round(0.2 + 0.7 * strength, 3)),
-                    "width": 0.6 + 3.4 * strength,
-                    "shape": "spline",
-                    "dash": "solid" if weights[i] >= 0 else "dot",
-                },
-                hovertext=escape(graph.names[i]) + said,
-                hovertemplate="%{hovertext}<extra></extra>",
-                showlegend=False,
-            )
+        middles.append(((x0 + x1) / 2 + bend, (y0 + y1) / 2))
+        line = {
+            "color": PORT_COLOURS.get(port, OTHER).format(round(0.2 + 0.7 * strength, 3)),
+            "width": 0.6 + 3.4 * strength,
+            "shape": "spline",
+            "dash": "solid" if weights[i] >= 0 else "dot",
+        }
+        x, y = zip((x0, y0), middles[-1], (x1, y1), strict=True)
+        fig.add_trace(go.Scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", showlegend=False))
+    unseen = {"marker": {"opacity": 0}}
+    fig.add_trace(
+        go.Scatter(
+            x=[x for x, _ in middles], y=[y for _, y in middles], mode="markers", hovertext=said, showlegend=False,
+            marker={"size": MIDDLE, "opacity": 0}, selected=unseen, unselected=unseen,
+            hovertemplate="%{hovertext}<extra></extra>",
         )
+    )  # fmt: skip
+
+
+def _graph(circuit: Circuit, unit: str, levels: Mapping[str, Level] | None = None) -> go.Figure:
+    """levels: of nodes whose names do not tell where they are drawn, groups."""
+    graph, levels = circuit.graph, levels or {}
+    places, titles = _places(graph, set(circuit.nodes), levels)
+    fig = go.Figure()
+    _edges(fig, circuit, places, unit)
     names = list(places)
+
+    def of_mlp(name: str) -> bool:
+        return name not in levels and name.startswith("m")
+
     fig.add_trace(
         go.Scatter(
             x=[places[name][0] for name in names],
             y=[places[name][1] for name in names],
             mode="markers+text",
-            marker={"size": 9, "color": [OTHER.format(1) if n[0] != "m" else canvas.POSITIVE.format(1) for n in names]},
-            text=[escape(name) for name in names],
+            marker={
+                "size": [14 if name in levels else 9 for name in names],
+                "symbol": ["square" if name in levels else "circle" for name in names],
+                "color": [canvas.POSITIVE.format(1) if of_mlp(name) else OTHER.format(1) for name in names],
+            },
+            text=[escape(name.rpartition("/")[2]) for name in names],
             textposition="top center",
             textfont={"size": 10},
             customdata=names,
-            hovertemplate="%{customdata}<extra></extra>",
+            hovertext=[escape(name) for name in names],
+            hovertemplate="%{hovertext}<extra></extra>",
+            selected={"marker": {"size": MIDDLE - 1}},
+            unselected={"marker": {"opacity": 1}, "textfont": {"color": OTHER.format(1)}},
             showlegend=False,
         )
     )
     for port, words in (("q", "into queries"), ("k", "into keys"), ("v", "into values"), ("", "into MLPs and logits")):
+        if not any(name.endswith(">") for name in graph.destinations):
+            break  # nothing to tell apart
         line = {"color": PORT_COLOURS.get(port, OTHER).format(1), "width": 2}
         fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name=words))
-    if bool((weights[circuit.kept] < 0).any()):
+    if circuit.weights is not None and bool((circuit.weights[circuit.kept] < 0).any()):
         line = {"color": OTHER.format(1), "width": 2, "dash": "dot"}
         fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name="below 0"))
     rows = max(y for _, y in places.values())
     left = min(x for x, _ in places.values()) - 0.7
-    for y, layer in {places[name][1]: _layer(name) for name in circuit.nodes if name.startswith("a")}.items():
-        fig.add_annotation(x=left, y=y, text=f"layer {layer}", showarrow=False, xanchor="right", font_size=10)
+    for y, words in titles.items():
+        fig.add_annotation(x=left, y=y, text=escape(words), showarrow=False, xanchor="right", font_size=10)
     fig.update_xaxes(visible=False).update_yaxes(visible=False)
     fig.update_layout(legend={"orientation": "h", "y": -0.02, "yanchor": "top"})
     return canvas.finish(fig, max(260, min(900, 44 * (rows + 1))), bottom=40, left=12)

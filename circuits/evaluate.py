@@ -132,20 +132,28 @@ def faithfulness(
     """
     ends = ends or ends_of(model, batch, store, ablation=ablation, fit=fit)
     circuits, whole, nothing = _metric(model, batch, store, graph, kept, ablation, fit), ends.whole, ends.nothing
-    gap = float(whole.mean() - nothing.mean())
-    generator = torch.Generator().manual_seed(seed)
-    draw = torch.randint(len(batch), (BOOTSTRAP, len(batch)), generator=generator)
-    boots = (circuits[:, draw].mean(-1) - nothing[draw].mean(-1)) / (whole - nothing)[draw].mean(-1)
-    low, high = boots.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=1)
+    value, low, high = shares(circuits - nothing, whole - nothing, seed)
     return Faithfulness(
-        value=((circuits.mean(1) - nothing.mean()) / gap).float(),
-        low=low.float(),
-        high=high.float(),
+        value=value,
+        low=low,
+        high=high,
         mean_of_ratios=((circuits - nothing) / (whole - nothing)).mean(1).float(),
         metric=circuits.mean(1).float(),
         whole=float(whole.mean()),
         nothing=float(nothing.mean()),
     )
+
+
+def shares(
+    moved: Float[Tensor, "way batch"], whole: Float[Tensor, " batch"], seed: int = 0
+) -> tuple[Float[Tensor, " way"], Float[Tensor, " way"], Float[Tensor, " way"]]:
+    """Each way's mean as a share of the mean of the whole: value, and 95 % over prompts (bootstrap), low and high."""
+    moved, whole = moved.double(), whole.double()
+    n, generator = len(whole), torch.Generator().manual_seed(seed)
+    draw = torch.randint(n, (BOOTSTRAP, n), generator=generator)
+    boots = moved[:, draw].mean(-1) / whole[draw].mean(-1)
+    low, high = boots.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=1)
+    return (moved.mean(1) / whole.mean()).float(), low.float(), high.float()
 
 
 # ---- curves over sizes ----

@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from circuits.intervention import AttentionIntervention, Outcome
+from circuits.node_patching import TOGETHER, PatchedNodes
 from circuits.path_patching import head_of, layer_of
 from circuits.reuse import Overlap
 from circuits.subspaces import AttentionClasses, DirectTotal, SubspaceResult
@@ -235,3 +236,33 @@ def _line_of_no_change(x: Tensor) -> go.Scatter:
     ends = [float(x.min()), float(x.max())]
     faint = {"color": canvas.FAINT, "width": 1, "dash": "dot"}
     return go.Scatter(x=ends, y=ends, mode="lines", line=faint, hoverinfo="skip", showlegend=False, name="no change")
+
+
+# ---- patched nodes ----
+
+
+@figure.register
+def patched_nodes_figure(result: PatchedNodes) -> go.Figure:
+    """How far each node alone, and all together, take the metric from one prompt's to the other's, with 95 %."""
+    names = [*result.nodes, TOGETHER] if len(result.nodes) > 1 else [*result.nodes]
+    value, low, high = (x[: len(names)] for x in result.share())
+    text = [
+        f"{escape(name)}: {canvas.number(v, 3)} [{canvas.number(a, 3)}, {canvas.number(b, 3)}]"
+        for name, v, a, b in zip(names, value.tolist(), low.tolist(), high.tolist(), strict=True)
+    ]
+    colours = [canvas.POSITIVE.format(0.85 if name == TOGETHER else 0.5) for name in names]
+    error = {"array": canvas.cells(high - value), "arrayminus": canvas.cells(value - low), "thickness": 1, "width": 3}
+    bar = go.Bar(
+        x=canvas.cells(value), y=[escape(name) for name in names], orientation="h", error_x=error, hovertext=text,
+        marker_color=colours, marker_line_width=0, hovertemplate="%{hovertext}<extra></extra>", showlegend=False,
+    )  # fmt: skip
+    fig = go.Figure(bar)
+    fig.add_vline(x=1, line={"color": canvas.FAINT, "dash": "dot"})
+    fig.update_xaxes(title_text="share of the way to the other prompt's metric", **ZERO)
+    fig.update_yaxes(autorange="reversed", automargin=True)
+    return canvas.finish(fig, 60 + 26 * len(names))
+
+
+@definition.register
+def _(result: PatchedNodes) -> str:
+    return result.definition

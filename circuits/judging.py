@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from circuits import evaluate
 from circuits.evaluate import Curve, Report
-from circuits.graph import Circuit, EdgeScores, Graph, node_of, transformer
+from circuits.graph import INPUT, Circuit, EdgeScores, Graph, node_of, transformer
 from circuits.writes import Ablation
 from workbench import plots, pretrained, runs
 from workbench.activations import ActivationStore
@@ -64,7 +64,10 @@ def judge(
     random    random circuits of the same make-up
     """
     run = _run(found, model)
-    circuit = without_nodes(circuit_of(run, size, Graph.of(model.config)), without)
+    circuit = circuit_of(run, size, Graph.of(model.config))
+    if not of_heads(circuit):
+        raise UserError(f"{found} found a circuit of latents, which runs with all of the model; try patch-nodes.")
+    circuit = without_nodes(circuit, without)
     report = evaluate.report(
         model, batch, store, circuit, ablation=ablation, subsets=subsets, random=random, each=each, seed=seed
     )
@@ -80,6 +83,11 @@ def ladder(total: int) -> list[int]:
 def has_circuit(result: object) -> bool:
     """Whether there is something to judge: scores of heads, MLPs or edges, or a circuit of them."""
     return isinstance(result, Circuit | EdgeScores) or plots.node_scores(result) is not None
+
+
+def of_heads(circuit: Circuit) -> bool:
+    """Whether it is of a transformer's heads and MLPs, and can be run without the rest; else it is of latents."""
+    return INPUT in circuit.graph.sources
 
 
 def scores_of(run: Run) -> NodeScores | EdgeScores | None:

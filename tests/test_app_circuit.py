@@ -28,7 +28,11 @@ def page(id: str | None, **query: str) -> AppTest:
 
 
 def metrics(app: AppTest) -> dict[str, str]:
-    return {metric.label: metric.value for metric in app.metric}
+    return {metric.label: metric.value.replace("−", "-") for metric in app.metric}
+
+
+def chooser(app: AppTest) -> Any:
+    return next(one for one in app.selectbox if one.label == "node")
 
 
 @pytest.fixture
@@ -39,7 +43,12 @@ def found() -> Run:
 def test_a_circuit_from_its_scores_to_the_ablation_of_a_node(found: Run) -> None:
     app = page(found.id)
     assert "faithfulness" not in metrics(app)
-    assert {button.label for button in app.button} == {"Measure faithfulness", "Ablate", "Judge it"}
+    assert {button.label for button in app.button} == {
+        "Measure faithfulness",
+        "Measure it",
+        "Ablate",
+        "Judge it",
+    }
     curve = runs.run("judge-sizes", seed=1, found=found.id, **ON).result
     app = page(found.id)
     size = int(app.query_params["size"])  # the smallest that is faithful
@@ -51,10 +60,62 @@ def test_a_circuit_from_its_scores_to_the_ablation_of_a_node(found: Run) -> None
     node = circuit.nodes[-1]
     less = {"without": node, "each": False, "subsets": 0, "random": 0, "size": size}
     report = runs.run("judge", seed=1, found=found.id, **less, **ON).result
-    app = page(found.id, size=str(size), node=node, without=node)
+    app = page(found.id, size=str(size), node=node, change=node)
     assert float(metrics(app)["faithfulness without"]) == pytest.approx(report.faithfulness, abs=0.006)
-    assert [button.label for button in app.button] == ["Judge it"]
-    assert app.selectbox[0].value == node and app.multiselect[0].value == [node]
+    assert "Ablate" not in {button.label for button in app.button}
+    assert chooser(app).value == node and app.multiselect(key="circuit change").value == [node]
+
+
+def test_a_node_has_its_evidence(found: Run) -> None:
+    runs.run("direct-logit-attribution", seed=1, **ON)
+    looks = runs.run("attention-patterns", seed=1, **ON)
+    circuit = judging.circuit_of(found, 100)
+    head, mlp = next(n for n in circuit.nodes if ".h" in n), next(n for n in circuit.nodes if n.startswith("m"))
+    app = page(found.id, size="100", node=head)
+    direct = runs.find("direct-logit-attribution", seed=1, **ON)
+    assert direct is not None
+    value = float(direct.result.scores[direct.result.nodes.index(head)])
+    said = next(one.value for one in app.markdown if "to the answer directly" in one.value)
+    assert f"**{value:+.3f}**".replace("-", "−") in said
+    assert len(looks.result.tokens) > 3 and "Where it looks in the first prompt" in text(app)
+    beside = text(page(found.id, size="100", node=mlp))
+    assert "Where it looks" not in beside and "to the answer directly" in beside
+
+
+@pytest.mark.parametrize("how", ["noise", "denoise"])
+def test_nodes_are_patched_in_the_whole_model(found: Run, how: str) -> None:
+    names = judging.circuit_of(found, 100).nodes[:2]
+    app = page(found.id, size="100", change=",".join(names), how=how)
+    assert "Patch" in {button.label for button in app.button}
+    done = runs.run("patch-nodes", seed=1, nodes=",".join(names), direction=how, **ON).result
+    app = page(found.id, size="100", change=",".join(names), how=how)
+    assert float(metrics(app)["metric patched"]) == pytest.approx(float(done.together.mean()), abs=0.006)
+    assert float(metrics(app)["metric unpatched"]) == pytest.approx(float(done.unpatched.mean()), abs=0.006)
+    assert float(metrics(app)["share of the difference"]) == pytest.approx(float(done.share()[0][-1]), abs=0.006)
+    assert app.query_params["how"] == how
+
+
+def test_a_circuit_of_latents_is_patched_and_not_judged() -> None:
+    run = runs.run("feature-circuit", top=12, edges=20, **ON)
+    app = page(run.id)
+    assert {button.label for button in app.button} == {"Patch"} and "latents and errors" in metrics(app)
+    node = chooser(app).value
+    done = runs.run("patch-nodes", seed=1, nodes=node, basis="neurons", **ON).result
+    app = page(run.id, change=node)
+    assert float(metrics(app)["metric patched"]) == pytest.approx(float(done.together.mean()), abs=0.006)
+
+
+def test_the_address_arranges_the_graph_and_no_number(found: Run) -> None:
+    names = judging.circuit_of(found, 100).nodes
+    plain = metrics(page(found.id, size="100"))
+    groups = f"first: {names[0]} {names[1]}"
+    app = page(found.id, size="100", hide=names[2], groups=groups)
+    assert metrics(app) == plain
+    assert app.query_params["groups"] == groups and app.query_params["hide"] == names[2]
+    assert f"{names[2]} not drawn" in text(app).replace("\\", "") and "edges of a group are sums" in text(app)
+    drawn = json.loads(app.get("plotly_chart")[0].proto.spec)
+    (labels,) = [trace["text"] for trace in drawn["data"] if trace.get("mode") == "markers+text"]
+    assert "first" in labels and not {*names[:3]} & {*labels}
 
 
 def test_the_slider_moves_graph_and_numbers(found: Run) -> None:
@@ -70,7 +131,7 @@ def test_a_found_circuit_has_no_sizes() -> None:
     run = runs.run("extract", method="eap", size=100, **ON)
     app = page(run.id)
     assert not app.select_slider and metrics(app)["edges"] == str(len(run.result))
-    assert app.selectbox[0].options == run.result.nodes
+    assert chooser(app).options == run.result.nodes
 
 
 def test_scores_of_nodes_have_sizes_and_no_graph() -> None:
@@ -92,9 +153,18 @@ def test_a_run_without_circuit_is_a_sentence() -> None:
 
 @pytest.mark.parametrize("size", ["-1", "1e9", "x", HOSTILE])
 def test_an_address_changed_by_hand_is_taken_as_none(found: Run, size: str) -> None:
-    app = page(found.id, size=size, node=HOSTILE, without=f"{HOSTILE},a9.h9")
-    assert app.query_params["size"] == "50"
-    assert app.multiselect[0].value == [] and HOSTILE not in text(app)
+    app = page(
+        found.id,
+        size=size,
+        node=HOSTILE,
+        change=f"{HOSTILE},a9.h9",
+        hide=HOSTILE,
+        how=HOSTILE,
+        groups=f"{HOSTILE}: a0.h0",
+    )
+    assert app.query_params["size"] == "50" and "hide" not in app.query_params and "groups" not in app.query_params
+    assert app.multiselect(key="circuit change").value == [] and app.selectbox(key="circuit how").value == "ablate"
+    assert "A group cannot be called" in text(app) and "<script>" not in "".join(one.value for one in app.markdown)
 
 
 def test_a_model_in_a_folder_is_for_the_terminal(found: Run) -> None:

@@ -28,10 +28,10 @@ from typing import Any
 
 import pytest
 
-from saes.pretrained import shipped
+from saes.pretrained import DATA, shipped
 from saes.steering.languages import harmonic
 from tests.benchmarks import harness
-from workbench import runs, settings
+from workbench import places, runs, settings
 
 GEMMA = "gemma-3-270m"
 TARGETS = ("fr", "es", "zh", "ja", "de", "it", "ru")
@@ -43,6 +43,7 @@ SMALL: dict[str, Any] = {"n_validation": 4, "n_test": 4, "n_effects": 4, "writte
 @pytest.mark.slow
 def test_language_steering(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORKBENCH_HOME", str(shared_home))
+    places.ship(DATA / "runs")
     if GEMMA not in settings.accepted_terms():
         pytest.skip("its terms are not accepted")
     sae = os.environ.get("STEERING_SAE") or (GEMMA if any(one.model == GEMMA for one in shipped().values()) else "")
