@@ -390,6 +390,25 @@ def test_a_form_says_what_is_wrong_before_anything_starts() -> None:
     assert jobs.jobs() == ([], [])
 
 
+def test_a_form_is_its_address() -> None:
+    app = page("start", form="patching")
+    assert set(app.query_params) <= {"form"}
+    app.selectbox("patching direction").set_value("denoise").run()
+    app.number_input("patching n").set_value(7).run()
+    app.toggle("patching mlps").set_value(False).run()
+    address = {name: value for name, value in app.query_params.items()}
+    (command,) = [code.value for code in app.code]
+    assert "--direction=denoise" in command and "--n=7" in command and "--mlps=false" in command
+    again = page("start", **{name: value[0] if isinstance(value, list) else value for name, value in address.items()})
+    assert [code.value for code in again.code] == [command]
+    again.selectbox("form").set_value("eap").run()  # whose fields are its own
+    assert "--n=7" not in again.code[0].value and again.code[0].value.startswith("wb run eap ")
+    model = page("start", form="eap", model="sparse-train-0a1b2c3d4e5f")
+    assert "--model=sparse-train-0a1b2c3d4e5f" in model.code[0].value
+    wrong = page("start", form="patching", n="-3", seed="x", direction=HOSTILE, mlps="7", task=HOSTILE, more="1")
+    assert wrong.code[0].value == page("start", form="patching").code[0].value
+
+
 def test_what_was_computed_is_opened() -> None:
     """Of the runs that come with the package: nothing is computed here."""
     places.ship(DATA / "runs")

@@ -6,12 +6,15 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from streamlit.testing.v1 import AppTest
 
 from circuits import judging
+from circuits.graph import Circuit, Graph
+from saes.pretrained import DATA as SAES
 from tests.test_app import HOSTILE, MAIN, edit, folder, save, text
 from tests.test_plots import lens_result, node_scores
-from workbench import runs
+from workbench import places, runs
 from workbench.runs import Run
 
 ON: dict[str, Any] = {"model": "pycode-small-dense", "task": "with_as", "n": 16}
@@ -177,3 +180,22 @@ def test_a_damaged_record_is_a_sentence(found: Run) -> None:
     record = json.loads((folder(found.id) / "record.json").read_text())
     edit(found.id, key={**record["key"], "n": "many"})
     assert "damaged" in text(page(found.id))
+
+
+def test_a_latent_of_an_sae_leads_to_its_page() -> None:
+    places.ship(SAES / "runs")
+    hook = "blocks.20.hook_resid_post"
+    graph = Graph(
+        (f"{hook}/7", f"{hook}/error"), (f"{hook}/7", f"{hook}/error", "logits"), torch.tensor([[0, 2], [1, 2]])
+    )
+    circuit = Circuit(graph, torch.ones(2, dtype=torch.bool), "by hand", method="feature-circuit")
+    id = save(circuit, "feature-circuit")
+    key = json.loads((folder(id) / "record.json").read_text())["key"]
+    edit(id, key={**key, "parameters": {"basis": "sae:smollm2-135m"}})
+
+    def ways(node: str) -> list[str]:
+        shown = page(id, node=f"{hook}/{node}").get("page_link")
+        return [one.proto.query_string for one in shown if one.proto.label.startswith("What this latent")]
+
+    (query,) = ways("7")
+    assert "latent=7" in query and "sae=smollm2-135m" in query and ways("error") == []

@@ -264,3 +264,12 @@ def test_a_damaged_search_is_a_sentence() -> None:
 
 def test_another_analysis_run_is_no_search() -> None:
     assert "choose one of language-steering" in text(page("steering", run=save(node_scores())))
+
+
+def test_what_a_search_would_be_of_is_its_address() -> None:
+    query = {"steering target": "Japanese", "steering model": "smollm2-135m", "steering sae": "smollm2-135m-20"}
+    (button,) = [one for one in page("steering", **query).button if one.label == "Search"]
+    for part in ("--target=ja", "--model=smollm2-135m", "--sae=smollm2-135m-20"):
+        assert part in button.help.replace("\\", "")
+    hostile = page("steering", **{"steering target": HOSTILE, "steering model": HOSTILE, "steering sae": "/etc"})
+    assert "is a path" in text(hostile)

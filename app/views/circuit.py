@@ -14,6 +14,7 @@ from circuits.arranging import Arranged
 from circuits.evaluate import Curve, Report
 from circuits.graph import Circuit, EdgeScores
 from circuits.node_patching import PatchedNodes
+from saes import whereabouts
 from workbench import canvas, plots, runs
 from workbench.errors import UserError
 from workbench.runs import Run
@@ -129,6 +130,19 @@ def choose(circuit: Circuit, scores: EdgeScores | NodeScores | None, picked: str
     st.query_params["node"] = node
     evidence(circuit, node, scores)
     return node
+
+
+def latent_page(run: Run, node: str) -> None:
+    """A link to what a latent of an SAE responds to, if that is known here."""
+    hook, _, latent = node.rpartition("/")
+    basis = str(run.record["key"]["parameters"].get("basis", ""))
+    if not latent.isdecimal() or not basis.startswith(whereabouts.BASIS):
+        return
+    sae, hook = whereabouts.called(whereabouts.known(), basis.removeprefix(whereabouts.BASIS), hook)
+    if sae:
+        query = {"sae": sae, "hook": hook, "latent": latent}
+        label = "What this latent responds to"
+        st.page_link("views/latent.py", label=label, icon=":material/search:", query_params=query)
 
 
 def does(run: Run, node: str) -> None:
@@ -265,6 +279,7 @@ def show(run: Run) -> None:
             widgets.chart(drawn, key="curve")
             st.caption(widgets.plain(plots.definition(curve)))
         node = choose(circuit, scores, picked) if circuit is not None and circuit.nodes else ""
+        latent_page(run, node)
     if circuit is not None and node:
         if judging.of_heads(circuit):
             does(run, node)

@@ -1,4 +1,5 @@
-"""A form for any analysis, made of its signature: what it takes, and what each parameter does. Starts it as a job."""
+"""A form for any analysis, made of its signature: what it takes, and what each parameter does. Starts it as a job.
+Addressed by ?form=<analysis> and what in it differs from the defaults."""
 
 from __future__ import annotations
 
@@ -13,6 +14,57 @@ from workbench.errors import UserError
 from workbench.registry import Analysis, Parameter
 
 ACROSS = 3
+LONG = 500  # characters of a value that the address holds
+
+
+def fill(analysis: Analysis) -> None:
+    """What the address says goes into the fields, if it is another than this page wrote there."""
+    arrived = address()
+    form, known = st.session_state.get("start address", ("", {}))
+    if (form, known) == (analysis.name, arrived):
+        return
+    if form and arrived == known:  # another form was chosen, and these are of the last
+        arrived = {}
+    for name in ("model", "task", "n", "seed", *analysis.parameters):
+        value = read(analysis, name, arrived[name]) if name in arrived else None
+        if value is None:
+            st.session_state.pop(f"{analysis.name} {name}", None)
+        else:
+            st.session_state[f"{analysis.name} {name}"] = value
+
+
+def address() -> dict[str, str]:
+    """Without the form, which is a field's own."""
+    return {name: value for name, value in st.query_params.to_dict().items() if name != "form"}
+
+
+def read(analysis: Analysis, name: str, text: str) -> Any:
+    """The value of a field from a text; None for what it does not take."""
+    if name in ("n", "seed"):
+        return int(text) if text.isdecimal() and (name == "n") <= int(text) < 2**53 else None
+    if name == "task":
+        return text if text in registry.tasks() else None
+    if name == "model":
+        return text
+    kind = analysis.parameters[name].kind
+    if choices := registry.choices(kind):
+        return next((one for one in choices if str(one) == text), None)
+    if kind is bool:
+        return {"true": True, "false": False}.get(text)
+    return text
+
+
+def keep(analysis: Analysis, on: dict[str, Any], given: dict[str, str]) -> None:
+    """Write the address."""
+    usual = {"model": analysis.model, "task": analysis.task, "n": analysis.n, "seed": 0}
+    changed = {name: str(value) for name, value in on.items() if value != usual[name]}
+    short = {name: value for name, value in (changed | given).items() if value and len(value) <= LONG}
+    for name in address():
+        if name not in short:
+            del st.query_params[name]
+    for name, value in short.items():
+        st.query_params[name] = value
+    st.session_state["start address"] = (analysis.name, address())
 
 
 def value_of(analysis: Analysis, parameter: Parameter) -> str:
@@ -73,7 +125,9 @@ names = list(registry.analyses())
 name = st.selectbox("analysis", names, index=names.index("patching"), key="form", bind="query-params")
 chosen = registry.get_analysis(name)
 st.caption(widgets.plain(chosen.about))
+fill(chosen)
 on, given = form(chosen)
+keep(chosen, on, given)
 words = ["run", chosen.name, *(f"--{key}={value}" for key, value in on.items())]
 words += [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
 st.code(shlex.join(["wb", *words]), language="bash", wrap_lines=True)

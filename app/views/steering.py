@@ -26,13 +26,15 @@ def search() -> None:
     model, sae, target = st.columns(3)
     on: dict[str, Any] = {"model": analysis.model}
     with model:
-        on["model"] = widgets.models("steering model", analysis.model)
+        on["model"] = widgets.models("steering model", analysis.model, bind="query-params")
     on["sae"] = sae.text_input(
-        "SAEs", str(analysis.parameters["sae"].default), key="steering sae",
+        "SAEs", str(analysis.parameters["sae"].default), key="steering sae", bind="query-params",
         help=widgets.plain(analysis.parameters["sae"].help),
     )  # fmt: skip
     languages: list[str] = [name for name in LANGUAGES if name != analysis.parameters["source"].default]
-    on["target"] = target.selectbox("language", languages, format_func=lambda x: LANGUAGES[x], key="steering target")
+    on["target"] = target.selectbox(
+        "language", languages, format_func=lambda x: LANGUAGES[x], key="steering target", bind="query-params"
+    )
     widgets.no_paths(on)
     packaged = pretrained.EMBEDDED.get(on["model"])
     terms = packaged.licence if packaged is not None and packaged.terms is not None else ""

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from circuits.sparse.shipped import DATA
 from saes.pretrained import DATA as SAES
 from tests.test_app import HOSTILE, MAIN, save
 from tests.test_plots import attention_result, lens_result, node_scores
-from workbench import runs
+from workbench import places, runs
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[dev]'")
 CHROMIUM = Path("/usr/bin/chromium")
@@ -282,3 +283,42 @@ def test_from_scores_to_the_ablation_of_a_node_and_back_by_its_address(
     other.page.get_by_text("metric patched").wait_for()
     assert other.page.get_by_test_id("stMetricValue").all_text_contents() == shown
     other.is_content()
+
+
+@pytest.mark.slow
+def test_two_at_once_on_one_model_have_what_each_has_alone(
+    url: str, visitor: Visitor, home: Path, smollm: Any, shared_home: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """One steers, one patches; then the first looks at the latent that it steered with."""
+    places.ship(SAES / "runs")
+    (home / "models").mkdir(parents=True, exist_ok=True)
+    (home / "models" / "smollm2-135m").symlink_to(shared_home / "models" / "smollm2-135m")
+    steering, patching = visitor.page, fresh(visitor.page.context.browser, url)
+    steered = {"unit": 40.0, "strengths": "0,2", "steps": 8}
+    steering.goto(f"{url}/playground?" + "&".join(f"{name}={value}" for name, value in steered.items()))
+    patching.page.goto(f"{url}/lab?positions=-1,10")
+    for page, label in ((steering, "Write"), (patching.page, "Patch")):
+        page.get_by_role("button", name=label, exact=True).click()
+    steering.get_by_role("heading", name="Every strength").wait_for(timeout=300_000)
+    patching.page.get_by_role("heading", name="Strongest cells").wait_for(timeout=300_000)
+    screenshot(visitor, "written", tmp_path)
+    screenshot(patching, "patched", tmp_path)
+
+    found = {run.record["key"]["analysis"]: run for run in runs.all_runs()[0]}
+    asked = {name: found[name].record["key"]["parameters"] for name in ("steer", "position-patching")}
+    played, effects = (found[name].result for name in asked)
+    steering.get_by_text("What this latent responds to").click()
+    steering.wait_for_url("**/latent?*")
+    steering.get_by_role("combobox", name="text").click()
+    steering.get_by_role("option", name="parallel").click()
+    settled(steering)
+    steering.get_by_role("button", name="Look at it").click()
+    steering.get_by_role("heading", name="Where it is largest").wait_for(timeout=300_000)
+    screenshot(visitor, "looked", tmp_path)
+
+    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path / "alone"))
+    (tmp_path / "alone" / "models").mkdir(parents=True)
+    (tmp_path / "alone" / "models" / "smollm2-135m").symlink_to(shared_home / "models" / "smollm2-135m")
+    alone, apart = (runs.run(name, seed=0, **given).result for name, given in asked.items())
+    assert [row.tokens for row in played.rows] == [row.tokens for row in alone.rows]
+    torch.testing.assert_close(effects.effect, apart.effect, rtol=1e-3, atol=1e-4, equal_nan=True)
