@@ -11,7 +11,7 @@ demo: $(READY)  ## circuits of a real pretrained model, in the terminal
 	$(BIN)/wb demo
 
 test: $(READY)  ## the fast tests
-	$(BIN)/pytest -n 2 -m "not slow and not gpu and not network"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu and not network"
 
 slow: $(READY)  ## the slow tests, minutes
 	$(BIN)/pytest -m slow --ignore tests/benchmarks

@@ -17,6 +17,7 @@ from workbench import places, registry, sites, texts
 from workbench.runs import Run
 
 BASIS = "sae:"
+MEASURED = {"l0": "L0", "fvu": "FVU", "recovered": "loss recovered", "dead": "dead"}  # when an SAE was trained
 # What reading a file or record that was changed by hand may raise. Loading the SAE, or opening the run, tells why.
 _BROKEN = (OSError, KeyError, TypeError, ValueError, AttributeError)
 
@@ -74,6 +75,26 @@ def called(names: Mapping[str, Mapping[str, Place]], spec: str, hook: str) -> tu
         return "", ""
     others = (name for name, some in names.items() if some.get(place.hook) == place)
     return spec if spec in names else next(others, ""), place.hook
+
+
+def listing(found: Iterable[Run]) -> list[dict[str, Any]]:
+    """A row for each SAE, under a name that is its own if it has one, with what was measured when it was trained."""
+    some: dict[str, tuple[str, Place]] = {}
+    for name, inside in sorted(known().items(), key=lambda item: len(item[1]) > 1):
+        for place in inside.values():
+            some.setdefault(place.folder, (name, place))
+    trained = {str(run.folder / "files"): run for run in found if run.id.startswith("train-sae")}
+    rows = []
+    for name, place in sorted(some.values(), key=lambda one: (one[1].model, sites.depth(one[1].hook))):
+        path = Path(place.folder)
+        run = trained.get(str(path)) or trained.get(str(path.parent))
+        told = run.summary.get(place.hook, {}) if run is not None else {}
+        told = told if isinstance(told, dict) else {}
+        rows.append(
+            {"name": name, "model": place.model, "hook point": place.hook, "latents": place.n_latents}
+            | {label: told.get(key) for key, label in MEASURED.items()}
+        )
+    return rows
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from streamlit.testing.v1 import AppTest
 
 from circuits.sparse.shipped import DATA
+from saes.pretrained import DATA as SAES
 from tests.test_plots import attention_result, lens_result, node_scores
 from workbench import activations, jobs, places, pretrained, registry, results, runs, settings
 from workbench.models import LanguageModel
@@ -489,13 +490,21 @@ def test_a_task_shows_prompts_as_they_are_drawn(name: str) -> None:
     assert len(app.code) == 10
 
 
-def test_models_and_saes_are_listed(tiny_sae: Path) -> None:
+def test_models_and_saes_are_listed() -> None:
     app = page("models")
     names = list(app.dataframe[0].value["name"])
     assert {"smollm2-135m", "gemma-3-270m", "pycode-small"} <= set(names)
     assert not any(app.dataframe[0].value["here"][: len(pretrained.EMBEDDED)])
-    (settings.home() / "runs" / "train-sae-f00d").mkdir(parents=True)
-    assert "train-sae-f00d" in list(page("models").dataframe[1].value["name"])
+    assert "No SAEs yet" in text(app)
+    places.ship(SAES / "runs")
+    one = next((SAES / "runs").glob("*/files/blocks.20.*")).parent
+    shutil.copytree(one, settings.home() / "runs" / "train-sae-f00d" / "files")  # of no run that could be read
+    shown = page("models").dataframe[1].value.set_index("name")
+    assert list(shown.index) == [
+        "gemma-3-270m-9", "gemma-3-270m-11", "gemma-3-270m-13", "smollm2-135m", "train-sae-f00d",
+    ]  # fmt: skip
+    assert shown.loc["gemma-3-270m-11", "FVU"] == 0.19 and shown.loc["gemma-3-270m-11", "L0"] == 32
+    assert shown.loc["train-sae-f00d", ["L0", "FVU"]].isna().all()
 
 
 def test_the_store_is_shown_checked_and_emptied(tiny: LanguageModel) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import streamlit as st
 
-from workbench import places, pretrained
+from saes import whereabouts
+from workbench import pretrained, runs
 
 st.title("Models and SAEs", anchor=False)
 wide = st.column_config.TextColumn(width="large")
@@ -16,11 +17,15 @@ st.caption(
     "An embedded model is fetched when it is first used. Also any id of the model hub while that can be reached, and "
     "the id of a run that trained a model."
 )
+
 st.subheader("SAEs", anchor=False)
-saes = [{"name": name, "what": what} for name, what in places.aliases().items()]
-saes += [{"name": name, "what": "a run"} for name in places.names() if name.startswith("train-sae")]
-if saes:
-    st.dataframe(saes, key="saes", hide_index=True, row_height=36, column_config={"what": wide})
+rows = whereabouts.listing(runs.all_runs()[0])
+if rows:
+    columns = {label: st.column_config.NumberColumn(format="%.3f") for label in whereabouts.MEASURED.values()}
+    columns["L0"] = st.column_config.NumberColumn(format="%.0f")
+    st.dataframe(rows, key="saes", hide_index=True, row_height=36, column_config=columns)
+    st.caption("Measured on held-out text when it was trained; each is checked against its model when it is used.")
+    st.page_link("views/latent.py", label="Look at their latents", icon=":material/search:")
 else:
     with st.container(border=True):
         st.markdown("**No SAEs yet.** Train some on the residual stream of a layer:")
