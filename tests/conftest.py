@@ -49,6 +49,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "sparse-bridge": {"tokens": 2048},
     "language-heads": {"n_prompts": 2},
     "language-steering": {"top": 1, "written": 2, "steps": 4, "n_validation": 3, "n_test": 3},
+    "language-layers": {"strengths": "1", "steps": 4, "n_validation": 2, "n_test": 2},
     "steer": {"latent": 7, "unit": 1.0, "steps": 4},
     "latents": {"text": "parallel", "tokens": 2000, "length": 16, "examples": 3},
     "train-sae": {
