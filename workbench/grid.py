@@ -7,22 +7,19 @@ when it is whole: so a grid that was killed is started again with the same words
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from workbench import registry, runs, settings
+from workbench import batch, registry, runs, settings
+from workbench.batch import Cell
 from workbench.errors import UserError
-from workbench.models import LanguageModel
-from workbench.progress import track
 from workbench.runs import Run
 from workbench.tables import table
 
-log = logging.getLogger(__name__)
 ANALYSIS = "extract"  # its result has `save(folder)`
 
 
@@ -102,38 +99,23 @@ def circuits(
     """
     if "method" in parameters:
         raise UserError("there is a grid of methods here, not one method; write --methods.")
-    for task, method in product(tasks, methods):
-        registry.get_analysis(method)
-        runs.key_of(registry.get_analysis(ANALYSIS), task, n, seed, {"method": method, **parameters}, "", "")
+    cells = [
+        Cell(model, task, ANALYSIS, seed, n, {"method": method, **parameters}, device, dtype)
+        for model, task, method in product(models, tasks, methods)
+    ]
+    for cell in cells:
+        registry.get_analysis(str(cell.parameters["method"]))
+        cell.check()
     root = (out or settings.home() / "circuits").expanduser().resolve()
     settings.writable_folder(root)
-    asked = {"n": n, "seed": seed, "device": device, "dtype": dtype, **parameters}
-    todo = iter(track([*product(models, tasks, methods)], "circuits"))
-    for model in models:
-        loaded: LanguageModel | UserError | None = None
-        for _, task, method in islice(todo, len(tasks) * len(methods)):
-            log.info("%s, %s, %s", model, task, method)
-            try:
-                run = runs.find(ANALYSIS, model=model, task=task, method=method, **asked)
-                if run is None:
-                    loaded = loaded or _load(model, device=device, dtype=dtype, accept_terms=accept_terms)
-                    if isinstance(loaded, UserError):
-                        raise loaded
-                    run = runs.run(ANALYSIS, model=loaded, task=task, method=method, **asked)
-                yield Row(model, task, method, run, _saved(run, root, model, method))
-            except UserError as error:
-                yield Row(model, task, method, error=str(error))
-            except Exception as error:  # a defect of one method must not cost the night's others
-                log.exception("%s failed on %s, %s", method, model, task)
-                yield Row(model, task, method, error=f"{type(error).__name__}: {error}")
-
-
-def _load(model: str, **options: Any) -> LanguageModel | UserError:
-    """Tried once: a model that cannot be loaded for one circuit cannot be for the next."""
-    try:
-        return LanguageModel.load(model, **options)
-    except UserError as error:
-        return error
+    for row in batch.compute(cells, accept_terms, "circuits"):
+        cell, method = row.cell, str(row.cell.parameters["method"])
+        run, folder, error = row.run, None, row.error
+        try:
+            folder = None if run is None else _saved(run, root, cell.model, method)
+        except UserError as problem:
+            run, error = None, str(problem)
+        yield Row(cell.model, cell.task, method, run, folder, error)
 
 
 def _saved(run: Run, root: Path, model: str, method: str) -> Path:

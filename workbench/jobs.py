@@ -39,7 +39,7 @@ from workbench.errors import UserError, unknown
 from workbench.progress import Stage
 
 State = Literal["waiting", "running", "done", "failed", "cancelled", "killed"]
-COMMANDS = ("run", "extract", "store")
+COMMANDS = ("run", "extract", "batch", "store")
 ENDED = ("done", "failed", "cancelled", "killed")
 GRACE = 5.0  # seconds that a cancelled job has to stop by itself
 TAIL = 20_000  # bytes of a log
