@@ -19,7 +19,8 @@ import torch
 from tests.conftest import Wb
 from tests.test_runs import equal
 from workbench import batch, runs, scores, settings
-from workbench.batch import Batch, Cell
+from workbench.batch import Cell
+from workbench.batch_result import Batch
 from workbench.errors import UserError
 
 ROOT = Path(__file__).parents[1]

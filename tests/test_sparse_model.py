@@ -228,6 +228,37 @@ def sparsify(module: SparseTransformer, share: float = 0.1) -> SparseTransformer
     return module
 
 
+def one_that_rounding_decides(tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
+    """A model of which two ways to attend, equal in exact arithmetic, keep different activations of the same text."""
+    for seed in range(400):
+        module = random_model(seed, vocab_size=len(tokenizer), n_layer=3, d_model=64, afrac=0.25)
+        model = LanguageModel(module, tokenizer, name="sparse", fingerprint=f"s{seed}")
+        text = torch.randint(model.config.d_vocab, (2, 32), generator=rng())
+        logits = model.run(text).logits
+        assert logits is not None
+        if float((logits - model._plain(text)).abs().max()) > 2e-3:
+            return model
+    raise AssertionError("no model was found in which rounding decides")
+
+
+def test_a_model_in_which_rounding_decides_what_is_kept_is_no_wrong_model(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = one_that_rounding_decides(tokenizer)
+    before = {name: weight.clone() for name, weight in model._module.state_dict().items()}
+    assert model.self_check()["max_logit_difference"] < 1e-9  # in double precision there are no such ties
+    after = model._module.state_dict()
+    assert all(
+        torch.equal(weight, after[name]) and weight.dtype == after[name].dtype for name, weight in before.items()
+    )
+
+    class Wrong(type(model)):  # type: ignore[misc]
+        def _plain(self, tokens: Tensor) -> Tensor:
+            return super()._plain(tokens) + 0.01
+
+    model.__class__ = Wrong
+    with pytest.raises(UserError, match="cannot be trusted here"):
+        model.self_check()
+
+
 def test_a_saved_model_comes_back_bit_for_bit_and_small(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     module = sparsify(random_model(vocab_size=len(tokenizer), sink=True, d_pos_emb=6, afrac=0.5))
     assert module.bigram_table is not None

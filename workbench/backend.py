@@ -198,6 +198,16 @@ def plain_attention(module: CausalLM) -> Iterator[None]:
 
 
 @contextmanager
+def in_double(module: CausalLM) -> Iterator[None]:
+    """Computing in float64; the float32 weights come back bit for bit."""
+    module.double()
+    try:
+        yield
+    finally:
+        module.float()
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """The backend's progress bars and advice are not for our users."""
     level = backend_logging.get_verbosity()

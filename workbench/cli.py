@@ -17,10 +17,11 @@ from typing import Annotated
 
 import typer
 
+from workbench.cli_batches import batch_cli
 from workbench.cli_bundles import bundle_cli
 from workbench.cli_jobs import job_cli
 from workbench.errors import UserError
-from workbench.tables import AsJson, describe, show_as, table
+from workbench.tables import Accept, AsJson, describe, show_as, table
 
 cli = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
@@ -29,13 +30,13 @@ store_cli = typer.Typer(no_args_is_help=True, help="The activation store: what i
 cli.add_typer(store_cli, name="store")
 cli.add_typer(job_cli, name="job")
 cli.add_typer(bundle_cli)
+cli.add_typer(batch_cli)
 
 INTERRUPTED, KEPT = 130, "interrupted; what was stored so far is kept."
 Prompts = Annotated[str | None, typer.Option("--n", help="Number of prompts; each analysis has a default.")]
 Seed = Annotated[str, typer.Option(help="Seed of the prompts.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default WORKBENCH_DEVICE or cpu.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Accept = Annotated[bool, typer.Option("--accept-terms", help="Accept the model's terms of use.")]
 
 
 def main() -> None:
@@ -239,33 +240,6 @@ def extract(
     failed = sum(1 for row in rows if "error" in row)
     show_as(as_json, {"circuits": rows, "failed": failed}, lambda: grid.text(rows))
     if failed:
-        sys.exit(1)
-
-
-@cli.command("batch")
-def run_batch(
-    plan: Annotated[Path, typer.Argument(help="YAML or JSON file: models, tasks, methods, seeds, n.")],
-    workers: Annotated[int, typer.Option(help="Processes of this machine, or of a Ray that is started here.")] = 1,
-    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster that shares WORKBENCH_HOME; local.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of table and figure; default WORKBENCH_HOME/batches.")
-    ] = None,
-    accept_terms: Accept = False,
-    as_json: AsJson = False,
-) -> None:
-    """Every model, task, method and seed of a plan. Started again, it goes on where it was.
-
-    Exit status 1 says that something failed.
-    """
-    from workbench import batch, settings
-
-    cells = batch.read(plan)
-    done = batch.Batch.of(batch.run(cells, workers=workers, ray=ray, accept_terms=accept_terms))
-    folder = (out or settings.home() / "batches" / plan.stem).expanduser()
-    done.save(folder)
-    told = done.summary() | {"rows": done.rows, "folder": str(folder)}
-    show_as(as_json, told, lambda: f"{done.text()}\ntable and figure in {folder}")
-    if told["failed"]:
         sys.exit(1)
 
 

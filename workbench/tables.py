@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Accept = Annotated[bool, typer.Option("--accept-terms", help="Accept the model's terms of use.")]
 
 
 def show_as(as_json: bool, value: Any, text: Callable[[], str]) -> None:
