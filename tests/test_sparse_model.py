@@ -259,6 +259,18 @@ def test_a_model_in_which_rounding_decides_what_is_kept_is_no_wrong_model(tokeni
         model.self_check()
 
 
+def test_no_other_model_is_excused_by_double_precision(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = tiny._plain
+
+    def wrong_in_single(tokens: Tensor) -> Tensor:
+        logits = right(tokens)
+        return logits + 0.01 if logits.dtype == torch.float32 else logits
+
+    monkeypatch.setattr(tiny, "_plain", wrong_in_single)
+    with pytest.raises(UserError, match="cannot be trusted here"):
+        tiny.self_check()
+
+
 def test_a_saved_model_comes_back_bit_for_bit_and_small(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     module = sparsify(random_model(vocab_size=len(tokenizer), sink=True, d_pos_emb=6, afrac=0.5))
     assert module.bigram_table is not None
