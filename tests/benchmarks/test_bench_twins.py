@@ -7,8 +7,8 @@ tokens that a whole, annealed training ends at the sparse model's loss. Arms:
     dense            all weights and activations
     dense, AbsTopK   all weights, activations as sparse as in the sparse model
 
-Seen so far: the twin with AbsTopK ends at 2.158 nats after 7.5 and at 2.114 after 11.4 million tokens, where the dense
-one took 5.25 million for 2.111; the sparse model's is 2.091.
+Seen so far: the twin with AbsTopK ends at 2.158 nats after 7.5, at 2.114 after 11.4 and at 2.100 after 13 million
+tokens, where the dense one took 5.25 million for 2.111; the sparse model's is 2.091.
 
 All are pruned by the same search, with the same target, for each task that they solve. The ratio is that of the
 geometric means of edges, over the tasks that both solve and have a circuit of.

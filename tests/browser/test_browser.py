@@ -7,6 +7,7 @@ ones of a fresh browser that was given nothing but the address.
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -322,3 +323,60 @@ def test_two_at_once_on_one_model_have_what_each_has_alone(
     alone, apart = (runs.run(name, seed=0, **given).result for name, given in asked.items())
     assert [row.tokens for row in played.rows] == [row.tokens for row in alone.rows]
     torch.testing.assert_close(effects.effect, apart.effect, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.slow
+def test_what_each_other_page_is_for_is_done(url: str, visitor: Visitor, home: Path, tmp_path: Path) -> None:
+    """A method is run and its circuit followed; a size moved; two runs compared; a bundle taken out and brought in; a
+    word looked up; a task's prompts drawn; the store checked."""
+    page, main = visitor.page, visitor.page.get_by_test_id("stMain")
+
+    page.goto(f"{url}/discovery?model=pycode-small-dense&task=with_as&method=eap&n=8")
+    page.get_by_role("button", name="Find it").click()
+    page.get_by_role("link", name="Its circuit").wait_for()
+    visitor.is_content()
+    page.get_by_role("link", name="Its circuit").click()
+    page.wait_for_url("**/circuit?run=eap-with_as-*")
+    found = page.url.split("run=")[1].split("&")[0]
+
+    page.goto(f"{url}/sparse?model=pycode-small&sparse+task=with_as")
+    page.get_by_text("held-out loss").nth(1).wait_for()
+    settled(page)
+    loss = page.get_by_test_id("stMetricValue").all_text_contents()
+    page.get_by_role("slider").press("ArrowLeft")
+    page.wait_for_url("**size=*")
+    settled(page)
+    assert page.get_by_test_id("stMetricValue").all_text_contents() != loss
+    visitor.is_content()
+
+    runs.run("eap-ig", model="pycode-small-dense", task="with_as", n=8)
+    other = next(run.id for run in runs.all_runs()[0] if run.id.startswith("eap-ig"))
+    page.goto(f"{url}/compare?a={found}&b={other}")
+    page.get_by_text("What decides").first.wait_for()
+    page.get_by_role("button", name="Swap").click()
+    page.wait_for_url(f"**a={other}*")
+    visitor.is_content()
+
+    page.goto(f"{url}/export?run={found}")
+    with page.expect_download() as taken:
+        page.get_by_role("button", name="Download the bundle").click()
+    taken.value.save_as(tmp_path / "run.zip")
+    shutil.rmtree(home / "runs" / found)
+    page.goto(f"{url}/export")
+    page.locator("input[type=file]").set_input_files(tmp_path / "run.zip")
+    page.get_by_text("It is here:").wait_for()
+    assert (home / "runs" / found / "record.json").is_file()
+    visitor.is_content()
+
+    page.goto(f"{url}/glossary")
+    page.get_by_label("search").fill("faithfulness")
+    page.get_by_label("search").press("Enter")
+    page.wait_for_url("**term=faithfulness*")
+    main.get_by_text("normalised by the whole model").first.wait_for()
+    page.goto(f"{url}/tasks?task=ioi&seed=3")
+    main.get_by_text("corrupted").first.wait_for()
+    page.goto(f"{url}/store")
+    page.get_by_role("button", name="Verify").click()
+    page.wait_for_url("**/job?job=*")
+    main.get_by_text("done").first.wait_for()
+    visitor.is_content()
