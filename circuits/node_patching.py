@@ -66,18 +66,15 @@ class PatchedNodes:
 
     def summary(self) -> dict[str, Any]:
         names = [*self.nodes, TOGETHER]
-        both = zip(names, *(x.tolist() for x in self.share()), strict=True)
+        share, low, high = (x.tolist() for x in self.share())
         means = [float(x.mean()) for x in (*self.alone, self.together)]
         return {
             "direction": self.direction,
             f"{self.unit}_unpatched": round(float(self.unpatched.mean()), 4),
             f"{self.unit}_other": round(float(self.other.mean()), 4),
-            f"{self.unit}_patched": dict(zip(names, (round(x, 4) for x in means), strict=True)),
-            "share": {name: round(value, 4) for name, value, _, _ in both},
-            "share_95": {
-                name: [round(low, 4), round(high, 4)]
-                for name, low, high in zip(names, *(x.tolist() for x in self.share()[1:]), strict=True)
-            },
+            f"{self.unit}_patched": {name: round(x, 4) for name, x in zip(names, means, strict=True)},
+            "share": {name: round(x, 4) for name, x in zip(names, share, strict=True)},
+            "share_95": {name: [round(a, 4), round(b, 4)] for name, a, b in zip(names, low, high, strict=True)},
             "definition": self.definition,
         }
 

@@ -18,7 +18,7 @@ import torch
 
 from tests.conftest import Wb
 from tests.test_runs import equal
-from workbench import batch, runs, scores, settings
+from workbench import activations, batch, runs, scores, settings
 from workbench.batch import Cell
 from workbench.batch_result import Batch
 from workbench.errors import UserError
@@ -63,6 +63,7 @@ def test_a_plan_is_every_combination_grouped_by_model_task_and_seed(tmp_path: Pa
         ({"models": ["a"], "tasks": ["ioi"]}, "the plan has no methods"),
         ({"models": [], "tasks": ["ioi"], "methods": ["eap"]}, "the plan has no models"),
         ({"models": "a", "tasks": "ioi", "methods": "eap", "seed": 1}, "did you mean 'seeds'"),
+        ({"models": "a", "tasks": "ioi", "methods": "eap", "accept_terms": True}, "no part of a plan is called"),
         ({"models": "a", "tasks": "io", "methods": "eap"}, "no task is called 'io'"),
         ({"models": "a", "tasks": "ioi", "methods": "eep"}, "no analysis is called 'eep'"),
         ({"models": "a", "tasks": "ioi", "methods": [{"eap": {"stepz": 1}}]}, "no parameter of eap is called 'stepz'"),
@@ -110,6 +111,24 @@ def test_what_fails_is_a_row_with_its_sentence(tiny_folder: str) -> None:
     found = Batch.of([first, second])
     assert found.summary()["failed"] == 1 and found.summary()["runs"] == 1
     assert "no-such-model-anywhere/x, ioi, eap, 0: " in found.text() and "failed" in found.text()
+
+
+def test_what_cannot_be_read_together_is_read_apart(tiny_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that does not tell what it read is whole; a store that has no room for all has room for each."""
+    asked = batch.cells(plan(tiny_folder, tasks="ioi", methods=["eap", "attention-patterns"]))
+    first = batch.run(asked[:2])
+    for row in first:
+        assert row.run is not None
+        (row.run.folder / "activations.safetensors").unlink()
+    rows = batch.run(asked)
+    assert not any(row.error or row.shared for row in rows)
+
+    def no_room(self: Any, *_: Any, **__: Any) -> None:
+        raise UserError("no room")
+
+    monkeypatch.setattr(type(activations.shared().session()), "fill", no_room)
+    asked = batch.cells(plan(tiny_folder, tasks=["induction"], methods=["eap", "attention-patterns"]))
+    assert not any(row.error or row.shared for row in batch.run(asked))
 
 
 def test_agreement_is_with_the_first_method_and_between_seeds(tmp_path: Path, tiny_folder: str) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from saes.steering.evaluate import Unsteered, Verdict, judge, prompts, write
 from saes.steering.figures import language_layers_figure
-from saes.steering.layers import AtLayer, LanguageLayers, language_layers, read_strengths
+from saes.steering.layers import AtLayer, LanguageLayers, language_layers
 from saes.steering.parallel import corpus
 from saes.steering.steer import Steering
 from saes.steering.sweep import rank
@@ -62,8 +62,7 @@ def test_the_peak_and_its_picture_by_hand() -> None:
     assert replace(found, layers=layers[::-1]).peak == 1
 
 
-def test_strengths_are_numbers_above_zero() -> None:
-    assert read_strengths(" 1, 0.5,1") == [1.0, 0.5]
-    for text in ("", "x", "1,-1", "0", "nan", "inf"):
-        with pytest.raises(UserError, match="are none; give numbers above 0"):
-            read_strengths(text)
+@pytest.mark.parametrize("strengths", ["", "x", "1,-1", "0", "nan", "inf"])
+def test_strengths_are_numbers_above_zero(tiny: LanguageModel, store: ActivationStore, strengths: str) -> None:
+    with pytest.raises(UserError, match="give numbers"):
+        language_layers(tiny, store, 0, **SMALL | {"strengths": strengths})

@@ -43,7 +43,7 @@ from workbench.runs import Run
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3  # of a group whose worker dies
-KEYS = ("models", "tasks", "methods", "seeds", "n", "device", "dtype", "accept_terms")
+KEYS = ("models", "tasks", "methods", "seeds", "n", "device", "dtype")
 
 
 @dataclass(frozen=True)
@@ -232,8 +232,11 @@ def _find(cell: Cell) -> Run | None:
 
 
 def _read(run: Run) -> set[str]:
-    """The hook points whose activations a run took from the store."""
-    return {scope.hook for scope in run.activations if not scope.edit}
+    """The hook points whose activations a run took from the store; none where it does not tell."""
+    try:
+        return {scope.hook for scope in run.activations if not scope.edit}
+    except UserError:  # the run is whole for all that: its methods read for themselves
+        return set()
 
 
 def _fill(model: LanguageModel, missing: Sequence[Cell], learned: Mapping[str, set[str]]) -> int:
@@ -245,7 +248,10 @@ def _fill(model: LanguageModel, missing: Sequence[Cell], learned: Mapping[str, s
     hooks = sorted(set().union(*(some for some in known if some)) & set(model.hook_points), key=sites.depth)
     prompts = sample(registry.get_task(missing[0].task), model, missing[0].size, missing[0].seed)
     before = model.forward_passes
-    activations.shared().fill(model, [*prompts.clean, *prompts.corrupted], hooks)
+    try:
+        activations.shared().fill(model, [*prompts.clean, *prompts.corrupted], hooks)
+    except UserError as error:  # no room for all of it, say: each method reads for itself, and says what fails
+        log.warning("%s", error)
     return model.forward_passes - before
 
 

@@ -30,14 +30,16 @@ class Batch:
     rows       what `Row.to_json` says of each cell
     pairs      model and task, in the order of the plan
     methods    with their parameters
-    agreement  Spearman correlation of absolute head scores with the first method that scores heads, mean over seeds;
-               not a number where either has none
+    first      the first method that scores heads
+    agreement  Spearman correlation of absolute head scores with that method's, mean over seeds; not a number where
+               either has none
     seeds      the same between a method's own seeds, mean over pairs of them
     """
 
     rows: tuple[dict[str, Any], ...]
     pairs: tuple[str, ...]
     methods: tuple[str, ...]
+    first: str
     agreement: Float[Tensor, "pair method"]
     seeds: Float[Tensor, "pair method"]
 
@@ -65,7 +67,7 @@ class Batch:
             return _mean(scores.rank_agreement(a, b) for a, b in itertools.combinations(mine, 2))
 
         told = tuple(row.to_json() for row in rows)
-        return cls(told, tuple(pairs), tuple(methods), table(beside), table(again))
+        return cls(told, tuple(pairs), tuple(methods), first, table(beside), table(again))
 
     def summary(self) -> dict[str, Any]:
         done = [row for row in self.rows if "run" in row]
@@ -129,7 +131,7 @@ def batch_figure(result: Batch) -> go.Figure:
     """How far each method agrees with the first one, on each model and task; beside it what the methods cost."""
     n, methods = len(result.pairs), [escape(name) for name in result.methods]
     fig = make_subplots(rows=1, cols=2, column_widths=[0.62, 0.38], horizontal_spacing=0.2,
-                        subplot_titles=["agreement with the first method", "seconds"])  # fmt: skip
+                        subplot_titles=[f"agreement with {escape(result.first)}", "seconds"])  # fmt: skip
     hover = [
         [f"{escape(pair)}, {name}: {canvas.number(x, 3)}" for name, x in zip(methods, row, strict=True)]
         for pair, row in zip(result.pairs, result.agreement.tolist(), strict=True)
@@ -155,4 +157,7 @@ def batch_figure(result: Batch) -> go.Figure:
 
 @plots.definition.register
 def _(result: Batch) -> str:
-    return Batch.__doc__ or ""
+    return (
+        f"Spearman correlation of absolute head scores with those of {result.first or 'no method'}, mean over seeds; "
+        "seconds: of all runs of a method, when they were computed"
+    )

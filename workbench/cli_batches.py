@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +34,8 @@ def run_batch(
 
     cells = batch.read(plan)
     done = Batch.of(batch.run(cells, workers=workers, ray=ray, accept_terms=accept_terms))
-    folder = (out or settings.home() / "batches" / plan.stem).expanduser()
+    digest = hashlib.blake2b("\n".join(map(repr, cells)).encode(), digest_size=6).hexdigest()
+    folder = (out or settings.home() / "batches" / f"{plan.stem}-{digest}").expanduser()  # another plan's stays
     done.save(folder)
     told = done.summary() | {"rows": done.rows, "folder": str(folder)}
     show_as(as_json, told, lambda: f"{done.text()}\ntable and figure in {folder}")

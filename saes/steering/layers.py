@@ -18,6 +18,7 @@ from saes.steering import baselines, languages
 from saes.steering.evaluate import Verdict, judge, prompts
 from saes.steering.language_steering import own_tokens
 from saes.steering.parallel import OWN, both_in
+from saes.steering.play import strengths_of
 from saes.steering.steer import Steering
 from saes.steering.sweep import Cell, Sweep, Writing, rank
 from workbench import parts, sites
@@ -98,7 +99,9 @@ def language_layers(
     encoder       of sentences, for similarity: e5, labse (from the model hub), or a folder
     """
     languages.find(encoder)
-    tried = read_strengths(strengths)
+    tried = strengths_of(strengths)
+    if min(tried) <= 0:
+        raise UserError(f"strengths={strengths!r} are not all towards {target}; give numbers above 0, such as 0.5,1,2.")
     parallel = both_in(text, target, source)
     chance = Writing(model, prompts("validation")[:n_validation], steps, temperature, seed, encoder)
     test = replace(chance, given=prompts("test")[:n_test])
@@ -126,14 +129,3 @@ def language_layers(
         f"of the means of {target} and {source} added to the residual stream after a layer, at each the best of "
         f"strengths {strengths} on {len(chance.given)} other prompts; similarity by {encoder}",
     )  # fmt: skip
-
-
-def read_strengths(text: str) -> list[float]:
-    """Raises UserError for what is no strength, and where there is none."""
-    try:
-        found = [float(word) for word in text.split(",") if word.strip()]
-    except ValueError:
-        found = []
-    if not found or not all(0 < x < 1e6 for x in found):
-        raise UserError(f"strengths={text!r} are none; give numbers above 0, such as 0.5,1,2.")
-    return list(dict.fromkeys(found))
