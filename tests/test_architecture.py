@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("workbench", "circuits", "saes", "app")
+PACKAGES = ("workbench", "circuits", "saes", "papers", "app")
 # importer -> what it may import of ours
 ALLOWED = {
     "workbench": {"workbench"},
     "circuits": {"workbench", "circuits"},
     "saes": {"workbench", "saes"},
+    "papers": {"workbench", "papers"},
     "app": set(PACKAGES),
 }
 BACKEND = {"transformers", "transformer_lens"}

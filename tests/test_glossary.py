@@ -96,7 +96,7 @@ def test_every_metric_has_an_entry_that_names_it() -> None:
 def test_every_number_of_a_summary_is_in_the_glossary() -> None:
     """Fields that the summaries of registered results give by name; nested tables have names of their own."""
     for kind in {entry.result for entry in registry.analyses().values()}:
-        if not kind.__module__.startswith(("workbench", "circuits", "saes")):
+        if not kind.__module__.startswith(("workbench", "circuits", "saes", "papers")):
             continue
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind.summary)))  # type: ignore[attr-defined]
         returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
