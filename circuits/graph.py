@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from workbench import jupyter, tables
 from workbench.backend import ModelConfig
 from workbench.errors import UserError, unknown
 from workbench.scores import NodeScores, PairScores, head, mlp
@@ -250,6 +251,12 @@ class Circuit:
             if torch.equal(left, kept):
                 return replace(self, kept=kept)
             kept = left
+
+    def _ipython_display_(self) -> None:
+        """Draws itself where a cell of a notebook ends with it."""
+        told = {name: value for name, value in self.summary().items() if isinstance(value, str | int | float)}
+        title = " · ".join(filter(None, ["circuit", self.model, self.task, self.method]))
+        jupyter.show(title, tables.flat({n: value for n, value in told.items() if n != "definition"}), lambda: self)
 
     # ---- files ----
 

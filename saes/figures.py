@@ -7,14 +7,18 @@ from html import escape
 
 import plotly.graph_objects as go
 import torch
+from jaxtyping import Float
 from plotly.subplots import make_subplots
+from torch import Tensor
 
 from saes.latents import Latents
+from saes.sae import SAE
 from saes.training_run import SaeTraining
 from workbench import canvas
 from workbench.plots import Table, definition, figure, tables
 
 SHADES = (canvas.POSITIVE, canvas.NEGATIVE, "rgba(128,128,128,{})")
+SAMPLED = 2048  # latents compared with all others
 LINES = ("solid", "dash", "dot", "dashdot")
 
 
@@ -107,3 +111,35 @@ def density_figure(result: Latents) -> go.Figure:
 @definition.register
 def _(result: Latents) -> str:
     return result.definition
+
+
+@figure.register
+def sae_figure(sae: SAE) -> go.Figure:
+    """How alike decoder rows are: each latent's nearest other one, beside that of random rows of as many dimensions."""
+    own = _nearest(sae.W_dec)
+    drawn = torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(0))
+    fig = go.Figure()
+    for values, name, colour in ((own, "its latents", canvas.POSITIVE), (_nearest(drawn), "random", canvas.NEGATIVE)):
+        fig.add_histogram(
+            x=canvas.cells(values), name=name, marker={"color": colour.format(0.6), "line_width": 0},
+            xbins={"start": 0.0, "end": 1.0001, "size": 0.02}, hovertemplate="cosine %{x}: %{y} latents<extra></extra>",
+        )  # fmt: skip
+    fig.update_xaxes(title_text="cosine of a latent's decoder row to the nearest other one", range=[0, 1])
+    fig.update_yaxes(title_text="latents")
+    fig.update_layout(barmode="overlay", legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+    return canvas.finish(fig, 240, top=32)
+
+
+@definition.register
+def _(sae: SAE) -> str:
+    of = f"all {sae.n_latents:,}" if sae.n_latents <= SAMPLED else f"{SAMPLED:,} of {sae.n_latents:,}"
+    return f"{of} latents by the cosine of their decoder row to the nearest other one"
+
+
+def _nearest(rows: Float[Tensor, "latent d_out"]) -> Float[Tensor, " some"]:
+    """Of evenly spaced latents, as many as can be compared with all others while somebody waits."""
+    unit = rows.float() / rows.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    some = torch.arange(len(unit)) if len(unit) <= SAMPLED else torch.linspace(0, len(unit) - 1, SAMPLED).long()
+    cosine: Tensor = unit[some] @ unit.T
+    cosine[torch.arange(len(some)), some] = -1.0
+    return cosine.amax(-1)

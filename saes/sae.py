@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from workbench import runs
+from workbench import jupyter, runs, tables
 from workbench.errors import UserError, unknown
 
 Kind = Literal["standard", "topk", "jumprelu"]
@@ -86,6 +86,13 @@ class SAE:
         if not isinstance(name, str):
             raise UserError("the SAE does not say at which hook point it reads; give the hook point.")
         return name
+
+    def _ipython_display_(self) -> None:
+        """Draws itself where a cell of a notebook ends with it."""
+        told = {"reads at": self.about.get("hook_name"), "of": self.about.get("model_name")}
+        told |= {"d_in": len(self.W_enc), "latents": self.n_latents, "active": self.k}
+        facts = tables.flat({name: value for name, value in told.items() if value is not None})
+        jupyter.show(f"SAE · {self.architecture}", facts, lambda: self)
 
     # ---- maps ----
 

@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Run:
 
     id: str
     folder: Path
-    record: dict[str, Any]
+    record: dict[str, Any] = field(repr=False)
     hit: bool
     seconds: float
     forward_passes: int
@@ -101,6 +101,19 @@ class Run:
         """The headline numbers."""
         summary: dict[str, Any] = self.record["summary"]
         return summary
+
+    def _ipython_display_(self) -> None:
+        """Draws itself where a cell ends with it."""
+        from workbench import jupyter, tables
+
+        key, task = self.record["key"], self.record["task"] or {}
+        on = [self.record["model_name"], *([f"{key['task']}, {key['n']} prompts"] if "task" in key else [])]
+        how = "found" if self.hit else f"computed in {self.seconds:.1f} s, {self.forward_passes} forward passes"
+        told = {"run": f"{self.id}, {how}", "accuracy": task.get("accuracy")} | {
+            name: value for name, value in self.summary.items() if isinstance(value, str | int | float)
+        }
+        said = {name: value for name, value in told.items() if value is not None and name != "definition"}
+        jupyter.show(" · ".join([key["analysis"], *filter(None, on)]), tables.flat(said), lambda: self.result)
 
     def to_json(self) -> dict[str, Any]:
         return {
