@@ -13,4 +13,5 @@ from saes.steering import heads as heads
 from saes.steering import language_steering as language_steering
 from saes.steering import layers as layers
 from saes.steering import play as play
+from saes.steering import program as program
 from saes.steering import search as search

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -14,25 +16,41 @@ from workbench.tables import AsJson, show_as
 bundle_cli = typer.Typer()
 
 
-@bundle_cli.command("export")
-def export_run(
-    run: Annotated[str, typer.Argument(help="Id of a run: see `wb runs`.")],
-    out: Annotated[Path | None, typer.Option(help="File to write; default the id with .zip, here.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """A run as one zip: its folder, what it needs, and its figure as a page that needs no server."""
-    from workbench import bundle, runs
-
-    done = runs.get_run(run)
-    path = out or Path(f"{done.id}.zip")
-    if path.exists():
-        raise UserError(f"{path} is there already; give another name: --out FILE.")
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Where to write; in place once all is written."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        manifest = bundle.write(done, aside)
+        yield aside
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@bundle_cli.command("export")
+def export_run(
+    run: Annotated[str, typer.Argument(help="Id of a run: see `wb runs`.")],
+    out: Annotated[Path | None, typer.Option(help="File to write; default the id with .zip or .py, here.")] = None,
+    as_program: Annotated[
+        bool,
+        typer.Option("--program", help="Of a steering recipe: one file of Python that steers, and needs torch alone."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """A run as one zip: its folder, what it needs, and its figure as a page that needs no server."""
+    from workbench import bundle, runs, standalone
+
+    done = runs.get_run(run)
+    path = out or Path(f"{done.id}{'.py' if as_program else '.zip'}")
+    if path.exists():
+        raise UserError(f"{path} is there already; give another name: --out FILE.")
+    if as_program:
+        with _whole(path) as aside:
+            aside.write_text(standalone.program(done.result))
+        show_as(as_json, {"file": str(path), "bytes": path.stat().st_size}, lambda: str(path))
+        return
+    with _whole(path) as aside:
+        manifest = bundle.write(done, aside)
     size, files = path.stat().st_size, len(manifest["files"])
 
     def text() -> str:

@@ -1,4 +1,4 @@
-"""A run for who has no workbench: its figure as a page that needs no server, as a drawing, and as a notebook.
+"""A run for who has no workbench: its figure as a page that needs no server, as a drawing, a notebook, a program.
 
 The page holds all it shows, plotly.js too, and a policy by which the browser asks nothing of any network and runs no
 script but its own two. What comes from the run is text in it, never markup.
@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from datetime import datetime
+from functools import singledispatch
 from html import escape, unescape
 from pathlib import Path
 from string import Template
@@ -192,6 +193,15 @@ def svg(text: str) -> str:
     if found is None:
         raise UserError(f"{browser} did not draw it; the page's camera button saves it.")
     return unescape(found[1])
+
+
+# ---- a program ----
+
+
+@singledispatch
+def program(result: object) -> str:
+    """What was found as one file of Python, which needs no workbench. Raises UserError for what does nothing."""
+    raise UserError(f"a {type(result).__name__} is no program; the recipe of a language-steering run is.")
 
 
 # ---- the notebook ----

@@ -4,6 +4,7 @@ and every alternative do. ?run=<id of a language-steering run>"""
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import streamlit as st
@@ -11,7 +12,7 @@ import streamlit as st
 from app import widgets
 from saes.steering.language_steering import LanguageSteering
 from saes.steering.languages import LANGUAGES
-from workbench import plots, pretrained, registry, runs
+from workbench import plots, pretrained, registry, runs, standalone
 from workbench.errors import UserError
 from workbench.runs import Run
 
@@ -80,6 +81,10 @@ def show(run: Run, result: LanguageSteering) -> None:
     names = ("sae", "hook", "latent", "kind", "scope", "unit", "decay")
     given = {"strengths": str(recipe.strength), **{name: str(getattr(recipe, name)) for name in names}}
     right.page_link("views/playground.py", label="Play with it", icon=":material/tune:", query_params=given)
+    left.download_button(
+        "Download it as a program", partial(standalone.program, result), f"{run.id}.py", "text/x-python", key="program",
+        icon=":material/code:", on_click="ignore", help="One file that steers the model, and needs torch alone.",
+    )  # fmt: skip
     widgets.chart(plots.figure(result), key="steering figure")
     st.caption(widgets.plain(plots.definition(result)))
     front(result)
