@@ -89,7 +89,7 @@ def _level(name: str) -> Level:
     """Where a node is drawn: latents at their hook point, heads and MLPs in their layer."""
     hook, slash, _ = name.rpartition("/")
     if slash:
-        return sites.depth(hook)
+        return (10**9, 0) if hook == LOGITS else sites.depth(hook)
     digits = "".join(c for c in name.split(".")[0] if c.isdigit())
     return (int(digits) if digits else 0, MLP if name.startswith("m") else HEADS)
 
@@ -117,7 +117,7 @@ def _places(
             titles[y] = hook.replace("blocks.", "").replace("hook_", "")
         elif any(name.startswith("a") for name in row if name not in levels):
             titles[y] = f"layer {level[0]}"
-    return places | {LOGITS: (0.0, math.floor(y) + 1.0)}, titles
+    return places | ({LOGITS: (0.0, math.floor(y) + 1.0)} if LOGITS in graph.destinations else {}), titles
 
 
 def _edges(fig: go.Figure, circuit: Circuit, places: Mapping[str, tuple[float, float]], unit: str) -> None:
