@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
 
@@ -20,6 +20,7 @@ from workbench import canvas, sites
 from workbench.plots import definition, figure
 
 MIDDLE = 16  # pixels around the middle of an edge; larger than any node, which Plotly prefers where they overlap
+INSIDE = 800  # pixels across, about
 EDGES = 150  # drawn of a graph: more are a carpet
 PORT_COLOURS = {"q": "rgba(26,115,200,{})", "k": "rgba(64,160,112,{})", "v": "rgba(226,98,16,{})"}
 OTHER = "rgba(128,128,128,{})"
@@ -104,6 +105,7 @@ def _places(
         if name in nodes:
             rows.setdefault(levels.get(name) or _level(name), []).append(name)
     places, titles = {INPUT: (0.0, 0.0)} if INPUT in graph.sources else {}, {}
+    at = _columns(list(rows.values()))
     column = -max([len(row) for level, row in rows.items() if level[1] != MLP] or [0]) / 2 - 0.6
     y, layer = 0.0, -1
     for level in sorted(rows):
@@ -111,13 +113,49 @@ def _places(
         beside = level[1] == MLP and level[0] == layer
         y, layer = math.floor(y) + (0.4 if beside else 1.0), level[0]
         x = column if level[1] == MLP else -(len(row) - 1) / 2
-        places |= {name: (x + i, y) for i, name in enumerate(row)}
+        places |= {name: (at.get(name, x + i), y) for i, name in enumerate(row)}
         hook, slash, _ = row[0].rpartition("/")
         if slash:
             titles[y] = hook.replace("blocks.", "").replace("hook_", "")
         elif any(name.startswith("a") for name in row if name not in levels):
             titles[y] = f"layer {level[0]}"
     return places | ({LOGITS: (0.0, math.floor(y) + 1.0)} if LOGITS in graph.destinations else {}), titles
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Of nodes at positions (`.../77@3`), x: a column for each position, as wide as its longest row."""
+    cells: dict[int, list[list[str]]] = {}
+    for row in rows:
+        some: dict[int, list[str]] = {}
+        for name in row:
+            _, at, position = name.rpartition("@")
+            if at and position.isdecimal():
+                some.setdefault(int(position), []).append(name)
+        for number, names in some.items():
+            cells.setdefault(number, []).append(names)
+    found: dict[str, float] = {}
+    left = 0.0
+    for number in sorted(cells):
+        width = max(map(len, cells[number]))
+        for names in cells[number]:
+            found |= {name: left + (width - len(names)) / 2 + i for i, name in enumerate(names)}
+        left += width + 1
+    return found
+
+
+def _readable(places: Mapping[str, tuple[float, float]]) -> list[str]:
+    """What is written at each node: its name, where there is room for it beside the last one of its row."""
+    xs = [x for x, _ in places.values()]
+    per_unit = INSIDE / max(1.0, max(xs) - min(xs))
+    ends: dict[float, float] = {}
+    said = dict.fromkeys(places, "")
+    for name, (x, y) in sorted(places.items(), key=lambda item: item[1]):
+        label, at, _ = name.rpartition("/")[2].rpartition("@")
+        label = label if at else name.rpartition("/")[2]
+        half = 3.2 * len(label) + 2
+        if x * per_unit - half >= ends.get(y, -math.inf):
+            said[name], ends[y] = escape(label), x * per_unit + half
+    return [said[name] for name in places]
 
 
 def _edges(fig: go.Figure, circuit: Circuit, places: Mapping[str, tuple[float, float]], unit: str) -> None:
@@ -176,7 +214,7 @@ def _graph(circuit: Circuit, unit: str, levels: Mapping[str, Level] | None = Non
                 "symbol": ["square" if name in levels else "circle" for name in names],
                 "color": [canvas.POSITIVE.format(1) if of_mlp(name) else OTHER.format(1) for name in names],
             },
-            text=[escape(name.rpartition("/")[2]) for name in names],
+            text=_readable(places),
             textposition="top center",
             textfont={"size": 10},
             customdata=names,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from typing import Any
 
 import pytest
 import torch
 
-from circuits import tracer_files
+from circuits import drawing, tracer_files
 from circuits.graph import Circuit, Graph, transformer
 from workbench import plots
 from workbench.errors import UserError
@@ -95,6 +96,26 @@ def test_it_is_drawn_with_tokens_below_and_logits_on_top() -> None:
     assert set(height) == set(circuit.nodes)
     assert height["hook_embed/The@1"] < height["blocks.0.hook_mlp_out/12@1"] < height["blocks.3.hook_mlp_out/77@3"]
     assert height["blocks.3.hook_mlp_out/77@3"] < height["logits/_Austin_22605@3"] == height["logits/8@3"]
+    across = dict(zip(dots.customdata, dots.x, strict=True))
+    columns = [[x for name, x in across.items() if name.endswith(f"@{position}")] for position in (1, 2, 3)]
+    assert max(columns[0]) < min(columns[1]) and max(columns[1]) < min(columns[2])
+    places = [(across[name], height[name]) for name in across]
+    assert len(set(places)) == len(places)
+
+
+def test_names_are_written_where_there_is_room_for_them() -> None:
+    names = (*(f"blocks.0.hook_mlp_out/{i}000@0" for i in range(60)), "logits/1@0")
+    edges = torch.tensor([[i, 60] for i in range(60)])
+    circuit = Circuit(Graph(names, names, edges), torch.ones(60, dtype=torch.bool), "by hand")
+    dots = next(trace for trace in plots.figure(circuit).data if trace.mode == "markers+text")
+    said = [(x, len(text)) for x, y, text in zip(dots.x, dots.y, dots.text, strict=True) if y == min(dots.y) and text]
+    assert 10 < len(said) < 60
+    per_unit = drawing.INSIDE / (max(dots.x) - min(dots.x))
+    for (x, n), (other, m) in itertools.pairwise(said):
+        assert (other - x) * per_unit > 6 * (n + m) / 2
+    few = plots.figure(Circuit(transformer(2, 3), torch.ones(len(transformer(2, 3)), dtype=torch.bool), "all"))
+    dots = next(trace for trace in few.data if trace.mode == "markers+text")
+    assert set(dots.text) == set(dots.customdata)
 
 
 def broken(change: str) -> dict[str, Any]:
