@@ -72,12 +72,16 @@ class Latent:
 
 @dataclass(frozen=True)
 class Latents:
-    """Some latents of an SAE at a hook point, and the density of all of them."""
+    """Some latents of an SAE at a hook point, and the density of all of them.
+
+    pages  of each on Neuronpedia, where it has the SAE
+    """
 
     hook: str
     latents: tuple[Latent, ...]
     density: Float[Tensor, " latent"]
     definition: str
+    pages: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -88,8 +92,9 @@ class Latents:
                     "density": round(one.density, 6),
                     "promoted": [token for token, _ in one.promoted[:5]],
                     "top": "".join(one.top[0].tokens) if one.top else "",
+                    **({"page": self.pages[i]} if self.pages else {}),
                 }
-                for one in self.latents
+                for i, one in enumerate(self.latents)
             ],
             "dead": round(float((self.density == 0).double().mean()), 4),
             "definition": self.definition,
@@ -144,6 +149,7 @@ def latents(
     return Latents(
         chosen.hook, found, density.cpu(),
         f"{len(sequences)} sequences of {length} tokens of {text}, without their first position",
+        tuple(page for one in wanted if (page := chosen.neuronpedia(one))),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ the same latents, in other units, and the same output.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -41,6 +42,7 @@ NAMES: dict[str, tuple[Kind, bool]] = {
     "topk_transcoder": ("topk", True),
     "jumprelu_transcoder": ("jumprelu", True),
 }
+NEURONPEDIA = "https://www.neuronpedia.org/"
 _SHAPES = {"W_enc": ("d_in", "d_sae"), "b_enc": ("d_sae",), "W_dec": ("d_sae", "d_out"), "b_dec": ("d_out",)}
 
 
@@ -86,6 +88,12 @@ class SAE:
         if not isinstance(name, str):
             raise UserError("the SAE does not say at which hook point it reads; give the hook point.")
         return name
+
+    def neuronpedia(self, latent: int) -> str | None:
+        """The address of a latent's page, where SAELens' list says that Neuronpedia has one (`neuronpedia_id`)."""
+        self.direction(latent)
+        id = str(self.about.get("neuronpedia_id"))
+        return f"{NEURONPEDIA}{id}/{latent}" if re.fullmatch(r"[\w.-]+/[\w.-]+", id, re.A) else None
 
     def _ipython_display_(self) -> None:
         """Draws itself where a cell of a notebook ends with it."""

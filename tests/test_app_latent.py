@@ -188,3 +188,16 @@ def test_tokens_of_a_run_are_never_markup(sae: str) -> None:
     )
     for element in (*app.markdown, *app.caption, *app.title, *app.subheader):
         assert not getattr(element.proto, "allow_html", False) and "<script>" not in element.value
+
+
+@pytest.mark.parametrize(
+    "page_of_it", ["https://www.neuronpedia.org/gpt2/5-res/9", "javascript:alert(1)", "https://evil.example"]
+)
+def test_a_link_leads_to_neuronpedia_and_nowhere_else(sae: str, page_of_it: str) -> None:
+    found = look(sae, "3,9")
+    assert not page(run=found.id, sae=sae, hook=HOOK, latent="9").get("link_button")
+    record = json.loads((folder(found.id) / "record.json").read_text())
+    record["result"]["pages"] = ["https://www.neuronpedia.org/gpt2/5-res/3", page_of_it]
+    (folder(found.id) / "record.json").write_text(json.dumps(record))
+    links = page(run=found.id, sae=sae, hook=HOOK, latent="9").get("link_button")
+    assert [link.proto.url for link in links] == [page_of_it] * page_of_it.startswith("https://www.neuronpedia.org/")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sae_lens.analysis.neuronpedia_integration import open_neuronpedia_feature_dashboard
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -283,3 +286,32 @@ def test_latents_that_are_no_numbers_are_a_sentence(tiny: LanguageModel, tiny_sa
                 length=16,
                 examples=1,
             )
+
+
+# ---- Neuronpedia ----
+
+
+def test_a_latent_has_the_page_that_saelens_opens(
+    tiny: LanguageModel, tiny_sae: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The id is that of SAELens' list of released SAEs, which it puts among what is known of one."""
+    id = get_pretrained_saes_directory()["gemma-2b-res-jb"].neuronpedia_id["blocks.6.hook_resid_post"]
+    sae = SAE.load(tiny_sae)
+    assert sae.neuronpedia(3) is None
+    named = replace(sae, about={**sae.about, "neuronpedia_id": id})
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    lens = SimpleNamespace(cfg=SimpleNamespace(metadata=SimpleNamespace(neuronpedia_id=id)))
+    open_neuronpedia_feature_dashboard(lens, 3)
+    assert [named.neuronpedia(3)] == [url.replace("//", "//www.") for url in opened]
+    with pytest.raises(UserError, match="no latent 64"):
+        named.neuronpedia(64)
+    for hostile in ("javascript:alert(1)", "a/b/c", "a/../b", "a/b?c", "a/b\n", None, ""):
+        assert replace(sae, about={"neuronpedia_id": hostile}).neuronpedia(3) is None
+    named.save(tmp_path / "named")
+    few: dict[str, Any] = {"text": "parallel", "tokens": 500, "length": 16, "examples": 3, "which": "3,5"}
+    result = runs.run("latents", model=tiny, sae=str(tmp_path / "named"), **few).result
+    assert result.pages == (named.neuronpedia(3), named.neuronpedia(5))
+    assert [one["page"] for one in result.summary()["latents"]] == list(result.pages)
+    plain = runs.run("latents", model=tiny, sae=str(tiny_sae), **few)
+    assert plain.result.pages == () and "page" not in plain.summary["latents"][0]

@@ -3,6 +3,7 @@ Addressed by ?sae=&hook=&latent=, or by ?run=<id> for the latents of a run."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import streamlit as st
 from app import widgets
 from saes import try_figures, try_on, whereabouts
 from saes.latents import Latent, Latents
+from saes.sae import NEURONPEDIA
 from saes.try_on import TryOn
 from saes.whereabouts import Place, Use, called
 from workbench import canvas, places, plots, registry, runs, texts
@@ -210,7 +212,14 @@ def looked_at(sae: str, place: Place, latent: int, ids: list[str]) -> Latent | N
     if not isinstance(result, Latents):
         return None
     st.caption(widgets.plain(plots.definition(result)))
-    return next(one for one in result.latents if one.latent == latent)
+    one, page = next(
+        (one, page)
+        for one, page in itertools.zip_longest(result.latents, result.pages, fillvalue="")
+        if isinstance(one, Latent) and one.latent == latent
+    )
+    if str(page).startswith(NEURONPEDIA):  # a run that was imported may hold any address
+        st.link_button("On Neuronpedia", str(page), icon=":material/open_in_new:")
+    return one
 
 
 def show(names: Mapping[str, Mapping[str, Place]], run: Run | None) -> None:
