@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := .bench-peers
 
-.PHONY: demo test check app bench slow clean
+.PHONY: demo test check app bench slow docs clean
 
 demo: $(READY)  ## circuits of a real pretrained model, in the terminal
 	$(BIN)/wb demo
@@ -21,6 +21,9 @@ check: $(READY)  ## formatting, lint, types, imports
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_architecture.py
+
+docs: $(READY)  ## pages and reference in site/, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 app: $(READY)  ## the browser app, on this machine only
 	$(BIN)/wb app

@@ -1,4 +1,4 @@
-"""Figures that the README quotes are those of the records."""
+"""Figures that the pages quote are those of the records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "tests" / "benchmarks" / "results"
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "circuits.md").read_text()
 
 
 def record(name: str) -> dict[str, Any]:
@@ -19,14 +19,14 @@ def record(name: str) -> dict[str, Any]:
     return found
 
 
-def rows(heading: str = "### Which method finds the circuit") -> dict[str, list[str]]:
+def rows(heading: str = "## Which method finds the circuit") -> dict[str, list[str]]:
     """The table of methods under a heading, cell by cell; the first row is called "" and says what the columns are."""
-    _, _, section = README.partition(heading)
+    _, _, section = PAGE.partition(heading)
     table = re.findall(r"^\| (?:`([\w-]+)` )?\|(.+)\|$", re.split(r"\n##", section)[0], re.M)
     return {name: [cell.strip() for cell in cells.split("|")] for name, cells in table}
 
 
-REAL = rows("#### On other tasks and another model")
+REAL = rows("### On other tasks and another model")
 
 
 @pytest.mark.parametrize("method", [name for name in REAL if name])
@@ -63,7 +63,7 @@ def test_the_table_of_methods_is_that_of_the_records(method: str) -> None:
 
 def test_the_prose_on_codes_is_that_of_the_records() -> None:
     planted = record("truth-planted")["summary"]
-    prose = " ".join(README.split())
+    prose = " ".join(PAGE.split())
     for pattern, method in (
         (r"published mode is \*below\* chance, (\d\.\d+)", "sae-codes, paper"),
         (r"fixed mode (\d\.\d+)", "sae-codes, fixed"),
@@ -83,14 +83,14 @@ def test_codes_on_the_real_model_are_those_of_the_records() -> None:
     pattern = (
         r"\((\d\.\d+) on IOI, (\d\.\d+) on Greater-Than; a\s+random SAE (\d\.\d+) and (\d\.\d+)\), and the plain norm"
     )
-    (quoted,) = re.findall(pattern + r" of the mean difference more \((\d\.\d+) and (\d\.\d+)\)", README)
+    (quoted,) = re.findall(pattern + r" of the mean difference more \((\d\.\d+) and (\d\.\d+)\)", PAGE)
     tasks = [record(f"codes-smollm2-135m-{task}")["arms"] for task in ("ioi", "greater_than")]
     arms = ("fixed", "untrained", "mean difference")
     assert [float(x) for x in quoted] == [round(arm[name]["auc"], 2) for name in arms for arm in tasks]
 
 
-def test_nulls_are_within_what_the_readme_says() -> None:
+def test_nulls_are_within_what_the_page_says() -> None:
     nulls = {name: row["null"] for name, row in record("truth-planted")["summary"].items() if "null" in row}
-    (low, high, odd) = re.findall(r"(\d\.\d+) to (\d\.\d+) for all but\s+k-means codes, (\d\.\d+)", README)[0]
+    (low, high, odd) = re.findall(r"(\d\.\d+) to (\d\.\d+) for all but\s+k-means codes, (\d\.\d+)", PAGE)[0]
     assert round(nulls.pop("sae-codes, k-means"), 2) == float(odd)
     assert round(min(nulls.values()), 2) == float(low) and round(max(nulls.values()), 2) == float(high)

@@ -22,7 +22,7 @@ from workbench import places, pretrained, registry, runs
 from workbench.models import LanguageModel
 from workbench.prompts import sample, split
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "sparse.md").read_text()
 SOME = ("single_double_quote", "with_as", "for_while")
 
 
@@ -89,16 +89,16 @@ def test_the_sparse_model_needs_a_fraction_of_the_twins_edges() -> None:
     assert len(common) >= 8
     ratio = geometric_mean([edges[1][task] for task in common]) / geometric_mean([edges[0][task] for task in common])
     assert ratio >= 25
-    quoted = re.findall(r"geometric mean of ([\d,]+) edges against ([\d,]+): ([\d.]+) times", README)
+    quoted = re.findall(r"geometric mean of ([\d,]+) edges against ([\d,]+): ([\d.]+) times", PAGE)
     means = [geometric_mean([table[task] for task in common]) for table in edges]
     assert quoted == [(f"{means[0]:,.0f}", f"{means[1]:,.0f}", f"{ratio:.0f}")]
 
 
 @pytest.mark.parametrize("model", ["pycode-small", "pycode-small-dense"])
-def test_the_readmes_table_is_that_of_the_runs(model: str) -> None:
+def test_the_pages_table_is_that_of_the_runs(model: str) -> None:
     rows = tables()[model].result.rows
     column = ["pycode-small", "pycode-small-dense"].index(model)
-    written = {name: cells.split("|") for name, cells in re.findall(r"^\| `(\w+)` \|(.+)\|$", README, re.M)}
+    written = {name: cells.split("|") for name, cells in re.findall(r"^\| `(\w+)` \|(.+)\|$", PAGE, re.M)}
     assert rows.keys() <= written.keys()
     for task, row in rows.items():
         nodes, edges, held_out, without = (cell.strip() for cell in written[task][4 * column : 4 * column + 4])
@@ -133,7 +133,7 @@ def test_one_channel_of_the_bridged_model_turns_the_dense_models_answer() -> Non
     assert at[0.0] < 0.005 and at[1.0] > 0.5
     low, high = found.band(matched=False)
     assert float(high.max()) < 0.005
-    quoted = re.findall(r"from ([\d.]+) to ([\d.]+) at strength 1 and ([\d.]+) at 2", README)
+    quoted = re.findall(r"from ([\d.]+) to ([\d.]+) at strength 1 and ([\d.]+) at 2", PAGE)
     assert quoted == [(f"{at[0.0]:.3f}", f"{at[1.0]:.2f}", f"{at[2.0]:.2f}")]
     model = LanguageModel.load("pycode-bridged")
     pairs = Pairs.of(sample(split(registry.get_task("while_return_true"), "test"), model, 6, 1))

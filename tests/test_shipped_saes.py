@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from saes.pretrained import DATA, fit, load, shipped
 from workbench import places, pretrained, runs, settings
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel
+from workbench.standalone import program
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+RESULTS = Path(__file__).parent / "benchmarks" / "results"
+PAGE = (Path(__file__).parents[1] / "docs" / "steering.md").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +36,7 @@ def test_a_name_is_an_sae_of_its_run(name: str) -> None:
     size = (DATA / "runs" / one.run / "files" / one.hook / "sae_weights.safetensors").stat().st_size
     assert size <= 16e6
     found = run.result.quality[one.hook].summary()
-    (row,) = re.findall(rf"^\| `{name}` \|(.+)\|$", README, re.M)
+    (row,) = re.findall(rf"^\| `{name}` \|(.+)\|$", PAGE, re.M)
     assert [cell.strip() for cell in row.split("|")] == [
         f"{found['l0']:.1f}", f"{found['fvu']:.3f}", f"{found['dead']:.1%}".replace("%", " %"),
         f"{found['loss']:.3f}", f"{found['spliced']:.3f}", f"{found['recovered']:.1%}".replace("%", " %"),
@@ -64,3 +67,18 @@ def test_those_of_gemma_fit_it(name: str, shared_home: Path, monkeypatch: pytest
     (sae,) = load(name).values()
     found = fit(LanguageModel.load("gemma-3-270m"), None, sae)
     assert found["l0"] == pytest.approx(32, abs=0.1) and found["fvu"] < 0.4
+
+
+# ---- searches for a language ----
+
+
+@pytest.mark.parametrize("id", sorted(path.name for path in (DATA / "runs").glob("language-steering-*")))
+def test_a_search_is_of_the_saes_that_come_along_and_says_what_its_record_says(id: str) -> None:
+    run = runs.get_run(id)
+    assert run.result.summary() == run.summary
+    recipe, contents = run.result.recipe, run.record["key"]["contents"]
+    assert contents[recipe.sae] == places.behind(recipe.sae)  # a recipe is of no other SAE than it was found in
+    kept = json.loads((RESULTS / "steering-gemma-3-270m-cpu.json").read_text())["targets"][recipe.target]
+    for name, verdict in run.result.table.items():
+        assert kept["table"][name]["plain"] == pytest.approx(verdict.plain, abs=1e-3)
+    assert kept["run"] == id and "def steered" in program(run.result)
