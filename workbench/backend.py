@@ -98,14 +98,14 @@ def loader(model_type: str) -> Callable[[Loader], Loader]:
     return register
 
 
-def load(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a local folder. Raises UserError if the files cannot be read."""
+def load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a local folder; options: of `workbench.spread`. Raises UserError for unreadable files."""
     with _quiet():
         try:
             own = _loaders.get(json.loads((folder / "config.json").read_text()).get("model_type"))
             if own is not None:
                 return own(folder, dtype), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-            module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
             return module, AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except UserError:
             raise

@@ -35,7 +35,7 @@ cli.add_typer(batch_cli)
 INTERRUPTED, KEPT = 130, "interrupted; what was stored so far is kept."
 Prompts = Annotated[str | None, typer.Option("--n", help="Number of prompts; each analysis has a default.")]
 Seed = Annotated[str, typer.Option(help="Seed of the prompts.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default WORKBENCH_DEVICE or cpu.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto (spread); default WORKBENCH_DEVICE or cpu.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench import backend, norms, passes, plugins, pretrained, settings, sites
+from workbench import backend, norms, passes, plugins, pretrained, settings, sites, spread
 from workbench.architectures import family
 from workbench.backend import Resume
 from workbench.errors import UserError, unknown
@@ -78,28 +78,42 @@ class LanguageModel:
 
     @classmethod
     def load(
-        cls, name: str, *, device: str | None = None, dtype: str = "float32", accept_terms: bool = False
+        cls,
+        name: str,
+        *,
+        device: str | None = None,
+        dtype: str = "float32",
+        accept_terms: bool = False,
+        memory: spread.Memory | None = None,
     ) -> LanguageModel:
         """Load an embedded model, a hub id (`gpt2`) or a local folder (`./folder`), and self-check it once.
+
+        device  such as cpu or cuda:0; auto: spread over all GPUs, then memory, then what stays in the files and is
+                read whenever a pass comes to it, for models larger than any of these
+        memory  with auto, how much each may hold, such as {0: "20GB", "cpu": "60GB"}; None: what is free
 
         Raises UserError when the model is unknown or unreachable, when its terms are not accepted, when its files
         do not have the recorded digest, or when the self-check finds a difference to plain Hugging Face.
         """
         device = device or settings.device()
+        shared_out = spread.options(device, memory)
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"device {device!r} was asked for, but torch sees no GPU; use --device cpu.")
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
         plugins.load()  # they may read more types of models
         source = pretrained.locate(name, convert=backend.convert_gguf, accept_terms=accept_terms)
-        module, tokenizer = backend.load(source.folder, DTYPES[dtype])
-        model = cls(module.to(torch.device(device)), tokenizer, name=name, fingerprint=source.fingerprint)
+        module, tokenizer = backend.load(source.folder, DTYPES[dtype], **shared_out)
+        if shared_out and not hasattr(module, "hf_device_map"):
+            raise UserError(f"{name} is of a type that is not spread over devices; name one device.")
+        module = module if shared_out else module.to(torch.device(device))
+        model = cls(module, tokenizer, name=name, fingerprint=source.fingerprint)
         pretrained.check_once(source, model.numerics, model.self_check)
         return model
 
     @property
     def device(self) -> torch.device:
-        return cast(torch.device, self._module.device)
+        return spread.main_device(self._module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -272,7 +286,7 @@ class LanguageModel:
     def out_bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
         """What attention adds whatever its heads do; None where there is no bias."""
         self._require_linear("attn_out", layer)
-        return cast(Tensor | None, self._block(layer).get_submodule(self._family.out_proj).bias)
+        return spread.weights(self._block(layer).get_submodule(self._family.out_proj))[1]
 
     def _results(self, layer: int, flat: Tensor) -> Tensor:
         return self.head_results(layer, flat.unflatten(-1, (self.config.n_heads, self.config.d_head)))
@@ -280,7 +294,7 @@ class LanguageModel:
     def out_weight(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """W_O of one layer."""
         projection = self._block(layer).get_submodule(self._family.out_proj)
-        weight = cast(Tensor, projection.weight)
+        weight, _ = spread.weights(projection)
         rows = weight.T if isinstance(projection, nn.Linear) else weight  # GPT-2's Conv1D stores [in, out]
         return cast(Tensor, rows.unflatten(0, (self.config.n_heads, self.config.d_head)))
 
@@ -294,9 +308,9 @@ class LanguageModel:
         parts = [self._block(layer).get_submodule(path) for path in self._family.qkv]
         both: list[Tensor] = []
         for part in parts:
-            weight = cast(Tensor, part.weight if isinstance(part, nn.Linear) else part.weight.T)
-            bias = cast(Tensor, part.bias) if part.bias is not None else weight.new_zeros(len(weight))
-            rows = torch.cat([weight, bias[:, None]], 1)
+            weight, bias = spread.weights(part)
+            weight = weight if isinstance(part, nn.Linear) else weight.T
+            rows = torch.cat([weight, (weight.new_zeros(len(weight)) if bias is None else bias)[:, None]], 1)
             if len(parts) == 3:
                 both.append(rows.unflatten(0, (-1, c.d_head)))
             elif self._family.hooks.get("attn.hook_q", ("", ""))[1] == "fused0":
@@ -312,8 +326,8 @@ class LanguageModel:
 
         def affine(name: str) -> Affine:
             part = self._block(layer).get_submodule(self._family.hooks[name][0])
-            weight = cast(Tensor, part.weight)
-            return Affine(weight.T if isinstance(part, nn.Linear) else weight, cast(Tensor | None, part.bias))
+            weight, bias = spread.weights(part)
+            return Affine(weight.T if isinstance(part, nn.Linear) else weight, bias)
 
         gated = "mlp.hook_pre_linear" in self._family.hooks
         return MlpWeights(
@@ -351,7 +365,7 @@ class LanguageModel:
 
     @property
     def unembed_weight(self) -> Float[Tensor, "d_model vocab"]:
-        return cast(Tensor, self._module.get_output_embeddings().weight).T
+        return spread.weights(self._module.get_output_embeddings())[0].T
 
     def final_norm(self, resid: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
         with torch.no_grad():
@@ -441,7 +455,7 @@ class LanguageModel:
 
 def numerics(dtype: str, device: str) -> str:
     """The numerics a model loaded with these settings will have."""
-    kind = torch.device(device).type
+    kind = torch.device(device if device != spread.SPREAD else "cuda" if torch.cuda.is_available() else "cpu").type
     reduced = kind == "cuda" and torch.backends.cuda.matmul.allow_tf32
     return f"{dtype}-sdpa-{kind}{'-tf32' if reduced else ''}"
 

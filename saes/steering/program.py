@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import re
 import textwrap
+from pathlib import Path
 from string import Template
 
 from saes.pretrained import load
@@ -16,54 +17,7 @@ from saes.steering.language_steering import LanguageSteering
 from workbench.errors import UserError
 from workbench.standalone import program
 
-_FILE = Template('''\
-"""Steers $model from $source to $target: adds $length to what block $block writes, at every position but the first.
-
-$told
-
-    model = AutoModelForCausalLM.from_pretrained(...)  # $model, with transformers
-    with steered(model.model.layers[$block]):  # of GPT-2 model.transformer.h[$block]
-        model.generate(**tokenizer("I think that", return_tensors="pt"), do_sample=True, temperature=0.5)
-
-Rows of one length, without padding, and with a cache: one pass over the prompt, and one for each new token.
-"""
-
-import base64
-from contextlib import contextmanager
-
-import torch
-
-DECAY = $decay  # what is left of it from one new token to the next
-VECTOR = torch.frombuffer(  # latent $latent of an SAE, times its strength there; float32
-    bytearray(base64.b64decode("""
-$vector
-""")),
-    dtype=torch.float32,
-)
-
-
-@contextmanager
-def steered(block, strength=1.0):
-    """Steer while inside; strength: of what was measured, 0 changes nothing."""
-    place = prompt = 0  # of the next token; where the new ones begin
-
-    def hook(module, inputs, output):
-        nonlocal place, prompt
-        x = output[0] if isinstance(output, tuple) else output
-        if x.shape[1] > 1 or not place:
-            place, prompt = 0, x.shape[1]
-        places = torch.arange(place, place + x.shape[1], device=x.device)
-        place += x.shape[1]
-        factor = strength * DECAY ** (places - prompt + 1).clamp(min=0) * (places > 0)
-        changed = x + factor[:, None].to(x.dtype) * VECTOR.to(x)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    handle = block.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-''')
+TEMPLATE = Path(__file__).parents[1] / "data" / "steer.txt"
 
 
 @program.register
@@ -84,7 +38,7 @@ def _(result: LanguageSteering) -> str:
         for name, share, bounds in measured
         if share is not None and bounds is not None
     ]
-    return _FILE.substitute(
+    return Template(TEMPLATE.read_text()).substitute(
         model=_words(recipe.model), source=_words(recipe.source), target=_words(recipe.target), block=block[1],
         latent=int(recipe.latent), length=f"a vector of length {float(vector.norm()):.4g}", decay=float(recipe.decay),
         told=textwrap.fill(f"Measured: {', '.join(shares)}; {_words(result.definition)}.", 110),
