@@ -56,6 +56,9 @@ QUICK: dict[str, dict[str, Any]] = {
         "text": "parallel", "hooks": "1", "latents": 64, "k": 4.0, "tokens": 2000, "length": 16, "batch": 64,
         "dtype": "float32",
     },
+    "attention-sinks": {"magnitude": 0.5, "ratio": 4.0, "controls": 1},
+    "icl-regression": {"steps": 5, "batch": 16, "prompts": 50},
+    "modular-addition": {"modulus": 23, "embedding": 12, "neurons": 32, "steps": 30, "controls": 3},
     "sparse-train": {"tokens": 4096, "width": 32, "layers": 1, "density": 0.5},
 }  # fmt: skip
 

@@ -3,6 +3,7 @@ built without a warning."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -124,3 +125,81 @@ def test_snippets_run_from_top_to_bottom(page: Path, shared_home: Path, monkeypa
     names: dict[str, Any] = {"__name__": page.stem}
     for i, block in enumerate(blocks(page, "python")):
         exec(compile(block, f"{page.name}, snippet {i}", "exec"), names)
+
+
+def test_the_plan_for_a_big_model_is_of_measured_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its constants are those of the records, and its table and prose what it computes."""
+    page = (ROOT / "docs" / "scale.md").read_text()
+    names: dict[str, Any] = {}
+    exec(blocks(ROOT / "docs" / "scale.md", "python")[1], names)
+    disk, tiers, curve = (
+        json.loads((ROOT / "tests" / "benchmarks" / "results" / f"store-{name}.json").read_text())
+        for name in ("disk-cpu", "tiers-cuda", "curve-cpu")
+    )
+    measured = disk["gigabytes per second"]
+    assert (names["write"], names["read"]) == (
+        measured["write"]["ours, store"] * 1e9, measured["read"]["ours, store"] * 1e9,
+    )  # fmt: skip
+    assert names["into_store"] == tiers["gigabytes per second"]["store alone"] * 1e9
+    assert names["lookup"] == pytest.approx(curve["ours"]["sizes"][-1]["lookup_us"] * 1e-6, rel=0.01)
+    assert names["growth"] == curve["ours"]["growth of lookup_us"]["power"]
+    table = {
+        row[0]: row[1:] for row in re.findall(r"^\| ([a-z ,]+) \| ([\d,]+).*\| ([\d,]+).*\| ([\d,]+).*\|$", page, re.M)
+    }
+    size, rows = list(names["size"].values()), names["rows"]
+    for name, values in {
+        "bytes of a row": size,
+        "in all": [rows * one / 1e12 for one in size],
+        "hours to write, one process": [rows * one / names["write"] / 3600 for one in size],
+        "hours to read, one process": [rows * one / names["read"] / 3600 for one in size],
+        "dollars a month on disk": [rows * one / 1e9 * names["month"] for one in size],
+    }.items():
+        assert table[name] == tuple(f"{value:,.0f}" for value in values), name
+    printed = capsys.readouterr().out
+    for said in ("583 GPU hours, $1,458", "10 million entries"):
+        assert said in printed and said.split(",")[0] in page
+    assert "78 MB/s of 1,520" in printed and "At 78 MB/s" in page
+
+
+def test_figures_of_the_published_measurements_are_those_of_the_records() -> None:
+    page = " ".join((ROOT / "docs" / "papers.md").read_text().split())
+    kept = {
+        path.name.removeprefix("papers-").removesuffix("-cpu.json"): json.loads(path.read_text())["summary"]
+        for path in (ROOT / "tests" / "benchmarks" / "results").glob("papers-*-cpu.json")
+    }
+    for name in kept:
+        assert f"`{name}`" in page
+    cut, sinks, spread = (kept[f"attention-{name}"] for name in ("truncation", "sinks", "entropy"))
+    waves, step, alike, cache = (kept[name] for name in ("modular-addition", "icl-regression", "cka", "kv-saliency"))
+    kl, agreement, ahead = (
+        [cache[f"{what}_by_score"][score] for score in ("joint", "value", "key")]
+        for what in ("kl", "agreement", "ahead")
+    )
+    loss = sinks["next_token_loss"]
+    assert cut["violations"] == spread["violations"] == 0
+    for said in (
+        f"in {cut['checks']:,} comparisons", f"need {cut['key_share']:.0%} of the keys".replace("%", " %"),
+        f"certify {cut['certified_share']:.0%} by the head and tail".replace("%", " %"),
+        f"{cut['gap_share']:.0%} by the gap".replace("%", " %"),
+        f"{sinks['sink_metric']:.0%} of heads".replace("%", " %"),
+        f"channel {sinks['massive_channels'][0]} of the first",
+        f"{sinks['ratio_to_median']:,.0f} times the median from block {sinks['massive_from_layer']} on",
+        f"from {loss['unchanged']:.2f} to {loss['set to zero']:.2f}; setting it to its mean gives "
+        f"{loss['set to mean']:.2f}, and as many other channels at zero {loss['others set to zero']:.2f}",
+        f"layers are at {alike['neighbours']:.2f} and the ends of the network at {alike['ends']:.2f}",
+        f"null is at most {alike['null_most']:.3f}",
+        f"{kl[0]:.3f} nats by the joint score, {kl[1]:.3f} by value, {kl[2]:.3f} by key, "
+        f"{cache['kl_by_score']['attention']:.3f} by attention and {cache['kl_by_score']['random']:.2f} at random",
+        f"does ({min(agreement):.3f} to {max(agreement):.3f})", f"moderately ({min(ahead):.2f} to {max(ahead):.2f})",
+        f"never broken in {spread['checks']:,}", f"by heart by step {waves['memorised_at']} and the others by step "
+        f"{waves['generalised_at']}",
+        f"to {waves['phase_error']:.2f} rad ({waves['untrained']['phase_error']:.2f} before",
+        f"explain {waves['logits_explained']:.0%} of".replace("%", " %"),
+        f"without them {waves['accuracy_with_waves']['without_key']:.1%}, and".replace("%", " %"),
+        f"others alone {waves['accuracy_with_waves']['other']:.1%}.".replace("%", " %"),
+        f"QK is {step['distance_to_closed_form']:.1%} from it".replace("%", " %"),
+        f"loss is {step['regression_loss']:.3f} where the optimum is {step['optimum_loss']:.3f}",
+        f"step is {step['r2_of_step']:.4f}, with the Bayes predictor {step['r2_of_bayes']:.2f}",
+    ):  # fmt: skip
+        assert said in page, said
+    assert len(waves["key_frequencies"]) == 4 and waves["accuracy_with_waves"]["key"] == 1.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,8 +62,11 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     train.COUNTED, train.HELD_OUT = 20_000, 8
     bpe = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    rank = int(os.environ["RANK"])
+    if stage == "resumed" and rank == 0:
+        (folder / "of two").mkdir()
+        shutil.copy(folder / train.CHECKPOINT, folder / "of two")
     training = Training(RECIPE, bpe, folder=folder)
-    rank = processes.number()
     if stage == "resumed":
         found: dict[str, Any] = {"from": training.steps}
         found["curve"] = training.run(every=2.0, clock=ticking(1.0)).curve
@@ -118,6 +122,19 @@ def test_two_processes_that_were_killed_end_where_one_ends(ended: Path, monkeypa
     for name, x in one.module.state_dict().items():
         assert torch.equal(weights[name], others[name]), name
         torch.testing.assert_close(weights[name], x, rtol=1e-5, atol=1e-6)
+
+
+def test_one_process_goes_on_where_two_were_killed(ended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "COUNTED", 20_000)
+    monkeypatch.setattr(train, "HELD_OUT", 8)
+    bpe = Tokenizer.from_file(str(ended / "tokenizer.json"))
+    one, went_on = Training(RECIPE, bpe), Training(RECIPE, bpe, folder=ended / "of two")
+    assert 0 < went_on.steps < STOP and one.steps == 0
+    curves = [training.run(every=2.0, clock=ticking(1.0)).curve for training in (one, went_on)]
+    assert went_on.steps == one.steps
+    assert curves[1][-1]["held_out_loss"] == pytest.approx(curves[0][-1]["held_out_loss"], rel=1e-5)
+    for name, x in one.module.state_dict().items():
+        torch.testing.assert_close(went_on.module.state_dict()[name], x, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_of_a_batch_are_read_once(ended: Path) -> None:
