@@ -54,7 +54,7 @@ class Traced:
         groups: dict[str, tuple[str, ...]] = {}
         for label, *members in self.shown.get("supernodes") or []:
             some = tuple(name[one] for one in members if one in name)
-            while label in groups:
+            while label in groups or label in self.nodes:
                 label = f"{label}'"
             groups |= {label: some} if some else {}
         return Arranged(self.circuit, groups)

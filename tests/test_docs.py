@@ -64,6 +64,7 @@ def test_a_command_is_one_that_exists(
 
     for module, name in (
         (jobs, "start"), (jobs, "cancel"), (jobs, "resume"), (runs, "get_run"), (batch, "run"), (batch, "compute"),
+        (ActivationStore, "merge"),
         (ActivationStore, "estimate"), (ActivationStore, "verify"), (ActivationStore, "recheck"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, asked)

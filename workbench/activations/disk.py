@@ -55,11 +55,13 @@ class StoredEntry(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """How a batch was computed, for the manifest."""
+    """How a batch was computed, for the manifest; empty: by this software, now."""
 
     model_name: str
     batch: str  # sequences x tokens
     threads: int
+    software: str = ""
+    created: float = 0.0
 
 
 Allocate = Callable[[Sequence[tuple[Key, int]]], list[Tensor]]
@@ -175,7 +177,8 @@ class Disk:
         now = time.time()
         with self.index.transaction() as db:
             insert = "INSERT INTO passes (batch, threads, software, created) VALUES (?,?,?,?)"
-            pass_id = db.execute(insert, (how.batch, how.threads, _software(), now)).lastrowid
+            origin = (how.batch, how.threads, how.software or _software(), how.created or now)
+            pass_id = db.execute(insert, origin).lastrowid
             assert pass_id is not None
             for model in {entry.key.scope.model for entry in entries}:
                 db.execute("INSERT OR REPLACE INTO models VALUES (?,?)", (model, how.model_name))

@@ -31,6 +31,7 @@ from workbench.activations.disk import Allocate, Disk, block
 from workbench.activations.inventory import Estimate, Manifest, Recheck, Series, Stats
 from workbench.activations.keys import Edits, Key, Scope
 from workbench.activations.memory import Memory, free_bytes
+from workbench.activations.merging import Merged, merge
 from workbench.activations.streams import Stream
 from workbench.errors import UserError, unknown
 from workbench.models import LanguageModel
@@ -323,6 +324,13 @@ class ActivationStore:
         Raises UserError when nothing matches.
         """
         return inventory.manifests(self.disk.index, sequence=sequence, hook=hook, run=run, limit=limit)
+
+    def merge(self, folder: Path) -> Merged:
+        """Take in what the store in another folder has and this one lacks, checked and with its manifests.
+
+        Raises UserError if there is no store in it, or it is this one.
+        """
+        return merge(self.disk, folder)
 
     def verify(self) -> list[str]:
         """Read every stored entry and compare it with its checksum; one sentence per damaged entry."""
