@@ -158,9 +158,13 @@ def of(circuit: Circuit, tokens: Sequence[str], slug: str) -> Traced:
     A link is the sum of the edges into a head's queries, keys and values.
 
     tokens  of a prompt, which the viewer draws below
+
+    Raises UserError where there are none, and for a circuit that was read from such a file.
     """
     if not tokens:
         raise UserError("there are no tokens; give those of a prompt, which the viewer draws below.")
+    if any("@" in name for name in circuit.nodes):
+        raise UserError("this graph has positions: it was read from such a file; write it with Traced.content.")
     graph, last = circuit.graph, len(tokens) - 1
     names = [name for name in (INPUT, *graph.nodes, LOGITS) if name in {*circuit.nodes, INPUT, LOGITS}]
     layers = 1 + max([_layer(name) for name in circuit.nodes], default=0)

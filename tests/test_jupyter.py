@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import plotly.graph_objects as go
@@ -68,6 +69,8 @@ def test_a_circuit_draws_its_edges(make_tiny: Callable[..., LanguageModel]) -> N
     assert go.Figure(figure["application/vnd.plotly.v1+json"]).data
     empty = Circuit(Graph.of(make_tiny().config), torch.zeros(len(scores.graph), dtype=torch.bool), "none of the edges")
     assert "none of the edges" in shown(empty)[0]["text/html"]
+    hostile = shown(replace(circuit, model="<script>", definition="<img>"))[0]["text/html"]
+    assert "<script>" not in hostile and "<img>" not in hostile and "&lt;script&gt;" in hostile
 
 
 def test_an_sae_says_what_it_reads_and_names_are_no_markup() -> None:

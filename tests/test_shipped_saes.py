@@ -81,4 +81,4 @@ def test_a_search_is_of_the_saes_that_come_along_and_says_what_its_record_says(i
     kept = json.loads((RESULTS / "steering-gemma-3-270m-cpu.json").read_text())["targets"][recipe.target]
     for name, verdict in run.result.table.items():
         assert kept["table"][name]["plain"] == pytest.approx(verdict.plain, abs=1e-3)
-    assert kept["run"] == id and "def steered" in program(run.result)
+    assert kept["run"] == id and "def steered" in program(run.result, run)

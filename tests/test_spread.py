@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
+from torch import Tensor
 
 from circuits.graph import Graph
 from workbench import registry, runs, sites
@@ -72,10 +76,44 @@ def test_analyses_give_the_same(name: str, both: tuple[LanguageModel, LanguageMo
     assert Graph.of(both[0].config).same_as(Graph.of(both[1].config))
 
 
-def test_a_run_says_that_it_is_of_the_same_model(tiny_folder: str) -> None:
+def test_a_run_says_that_it_is_of_the_same_model(tiny_folder: str, both: tuple[LanguageModel, LanguageModel]) -> None:
+    """What fits on one device is not spread; where weights lie is no part of a run's name."""
     few = {"model": tiny_folder, "task": "ioi", "n": 4}
-    first = runs.run("logit-lens", **few)
-    assert runs.run("logit-lens", device="auto", **few).id == first.id
+    first = runs.run("logit-lens", device="auto", **few)
+    assert "--device" not in first.record["command"] and first.record["environment"]["device"] == "cpu"
+    assert runs.run("logit-lens", **few).id == first.id
+    _, spread = both
+    assert runs.run("logit-lens", **(few | {"model": spread})).id == first.id
+    one = runs.run("attention-patterns", **(few | {"model": spread}))
+    assert "--device auto" in one.record["command"] and one.record["environment"]["device"] == "auto"
+
+
+@pytest.mark.parametrize("what", ["weights", "unembedding"])
+def test_weights_wait_for_a_pass_that_has_them(what: str, both: tuple[LanguageModel, LanguageModel]) -> None:
+    """A part has its weights only while it computes: who reads them in the middle of a pass would take them away."""
+    whole, spread = both
+    tokens, resid = torch.tensor([[1, 2, 3]]), torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    read: dict[str, Callable[[LanguageModel], Tensor]] = {
+        "weights": lambda model: model.out_weight(2), "unembedding": lambda model: model.unembed(resid),
+    }  # fmt: skip
+    inside, go_on = Event(), Event()
+
+    def held(x: Tensor) -> Tensor:
+        inside.set()
+        assert go_on.wait(20)
+        return x
+
+    with ThreadPoolExecutor(2) as pool:
+        passing = pool.submit(spread.run, tokens, edit={"blocks.1.hook_mlp_out": held})
+        assert inside.wait(20)
+        reading = pool.submit(read[what], spread)
+        try:
+            with pytest.raises(TimeoutError):
+                reading.result(timeout=0.3)
+        finally:
+            go_on.set()
+        torch.testing.assert_close(reading.result(20), read[what](whole), rtol=1e-5, atol=1e-5)
+        assert torch.equal(passing.result(20).logits, whole.run(tokens).logits)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_shared_out_is_a_sentence(tiny_folder: str) -> None:

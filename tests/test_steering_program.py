@@ -15,20 +15,28 @@ import torch
 from saes.sae import SAE
 from saes.steering.steer import steer
 from tests.conftest import Wb
-from tests.test_app import folder, save
+from tests.test_app import edit, folder, save
 from tests.test_app_ways import steered
 from tests.test_plots import node_scores
+from workbench import runs
 from workbench.errors import UserError
 from workbench.models import LanguageModel
+from workbench.runs import Run
 from workbench.standalone import program
 
 HOOK = "blocks.1.hook_resid_post"
 
 
+def run_of(sae: Path, content: str | None = None) -> Run:
+    """What a run that searched this SAE says of it."""
+    key = {"contents": {str(sae): runs.content(str(sae)) if content is None else content}}
+    return Run("language-steering-0", Path(), {"key": key}, True, 0.0, 0)
+
+
 def of(sae: Path, **changes: Any) -> str:
     result = steered()
     given = {"sae": str(sae), "hook": HOOK, "latent": 7, "strength": 2.0, "unit": 3.0, "decay": 0.8, **changes}
-    return program(replace(result, recipe=replace(result.recipe, **given)))
+    return program(replace(result, recipe=replace(result.recipe, **given)), run_of(sae))
 
 
 def ran(source: str) -> dict[str, Any]:
@@ -108,7 +116,7 @@ def test_words_of_an_imported_run_are_no_program(tiny_sae: Path) -> None:
     hostile = '"""\nimport os\nos.remove("x")\n"""\\'
     result = steered()
     recipe = replace(result.recipe, model=hostile, target=hostile, source=hostile, sae=str(tiny_sae), hook=HOOK)
-    tree = ast.parse(program(replace(result, recipe=recipe, definition=hostile)))
+    tree = ast.parse(program(replace(result, recipe=recipe, definition=hostile), run_of(tiny_sae)))
     plain = ast.parse(of(tiny_sae))
     kinds = [[type(node) for node in ast.walk(one)] for one in (tree, plain)]
     imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
@@ -121,10 +129,19 @@ def test_what_adds_no_vector_to_a_block_is_refused(changes: dict[str, str], tiny
         of(tiny_sae, **changes)
 
 
+def test_another_sae_of_the_same_name_is_refused(tiny_sae: Path) -> None:
+    result = steered()
+    found = replace(result, recipe=replace(result.recipe, sae=str(tiny_sae), hook=HOOK))
+    assert "def steered" in program(found, run_of(tiny_sae))
+    with pytest.raises(UserError, match="is another SAE here than the one that run language-steering-0 searched"):
+        program(found, run_of(tiny_sae, "0123"))
+
+
 def test_the_command_writes_it_and_refuses_other_runs(wb: Wb, tiny_sae: Path, tmp_path: Path) -> None:
     result = steered()
     recipe = replace(result.recipe, sae=str(tiny_sae), hook=HOOK)
     id, file = save(replace(result, recipe=recipe), "language-steering"), tmp_path / "steer_fr.py"
+    edit(id, key={**runs.get_run(id).record["key"], **run_of(tiny_sae).record["key"]})
     assert folder(id).is_dir()
     status, out, _ = wb("export", id, "--program", "--out", str(file))
     assert status == 0 and str(file) in out and "def steered" in file.read_text()

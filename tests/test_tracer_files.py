@@ -181,3 +181,5 @@ def test_latents_and_what_a_basis_misses_have_the_viewers_kinds() -> None:
     assert rows[names[1]]["feature_type"] == tracer_files.ERROR
     with pytest.raises(UserError, match="no tokens"):
         tracer_files.of(circuit, [], "mine")
+    with pytest.raises(UserError, match="has positions"):
+        tracer_files.of(tracer_files.read(file()).circuit, TOKENS, "mine")

@@ -46,7 +46,7 @@ def export_run(
         raise UserError(f"{path} is there already; give another name: --out FILE.")
     if as_program:
         with _whole(path) as aside:
-            aside.write_text(standalone.program(done.result))
+            aside.write_text(standalone.program(done.result, done))
         show_as(as_json, {"file": str(path), "bytes": path.stat().st_size}, lambda: str(path))
         return
     with _whole(path) as aside:

@@ -11,7 +11,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
@@ -104,9 +104,12 @@ class LanguageModel:
         plugins.load()  # they may read more types of models
         source = pretrained.locate(name, convert=backend.convert_gguf, accept_terms=accept_terms)
         module, tokenizer = backend.load(source.folder, DTYPES[dtype], **shared_out)
-        if shared_out and not hasattr(module, "hf_device_map"):
+        if shared_out and backend.new_cache(module) is None:  # it is not the library's
             raise UserError(f"{name} is of a type that is not spread over devices; name one device.")
-        module = module if shared_out else module.to(torch.device(device))
+        if shared_out:
+            spread.keep_norms(module)
+        else:
+            module.to(torch.device(device))
         model = cls(module, tokenizer, name=name, fingerprint=source.fingerprint)
         pretrained.check_once(source, model.numerics, model.self_check)
         return model
@@ -114,6 +117,11 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return spread.main_device(self._module)
+
+    @property
+    def spread(self) -> bool:
+        """Whether it lies on several devices, or in files."""
+        return spread.is_spread(self._module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -286,7 +294,15 @@ class LanguageModel:
     def out_bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
         """What attention adds whatever its heads do; None where there is no bias."""
         self._require_linear("attn_out", layer)
-        return spread.weights(self._block(layer).get_submodule(self._family.out_proj))[1]
+        return self._weights(self._block(layer).get_submodule(self._family.out_proj))[1]
+
+    def _weights(self, part: nn.Module) -> tuple[Tensor, Tensor | None]:
+        with self._whole():
+            return spread.weights(part)
+
+    def _whole(self) -> AbstractContextManager[Any]:
+        """While a part computes or is read that may lie in files."""
+        return self._lock if self.spread else nullcontext()
 
     def _results(self, layer: int, flat: Tensor) -> Tensor:
         return self.head_results(layer, flat.unflatten(-1, (self.config.n_heads, self.config.d_head)))
@@ -294,7 +310,7 @@ class LanguageModel:
     def out_weight(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """W_O of one layer."""
         projection = self._block(layer).get_submodule(self._family.out_proj)
-        weight, _ = spread.weights(projection)
+        weight, _ = self._weights(projection)
         rows = weight.T if isinstance(projection, nn.Linear) else weight  # GPT-2's Conv1D stores [in, out]
         return cast(Tensor, rows.unflatten(0, (self.config.n_heads, self.config.d_head)))
 
@@ -308,7 +324,7 @@ class LanguageModel:
         parts = [self._block(layer).get_submodule(path) for path in self._family.qkv]
         both: list[Tensor] = []
         for part in parts:
-            weight, bias = spread.weights(part)
+            weight, bias = self._weights(part)
             weight = weight if isinstance(part, nn.Linear) else weight.T
             rows = torch.cat([weight, (weight.new_zeros(len(weight)) if bias is None else bias)[:, None]], 1)
             if len(parts) == 3:
@@ -326,7 +342,7 @@ class LanguageModel:
 
         def affine(name: str) -> Affine:
             part = self._block(layer).get_submodule(self._family.hooks[name][0])
-            weight, bias = spread.weights(part)
+            weight, bias = self._weights(part)
             return Affine(weight.T if isinstance(part, nn.Linear) else weight, bias)
 
         gated = "mlp.hook_pre_linear" in self._family.hooks
@@ -365,7 +381,7 @@ class LanguageModel:
 
     @property
     def unembed_weight(self) -> Float[Tensor, "d_model vocab"]:
-        return spread.weights(self._module.get_output_embeddings())[0].T
+        return self._weights(self._module.get_output_embeddings())[0].T
 
     def final_norm(self, resid: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
         with torch.no_grad():
@@ -387,7 +403,7 @@ class LanguageModel:
         Raises UserError if the model has a bigram table and the tokens are not given.
         """
         norm, resid = self._module.get_submodule(self._family.final_norm), resid.to(self.device, self.dtype)
-        with nullcontext() if grad else torch.no_grad():
+        with self._whole(), nullcontext() if grad else torch.no_grad():
             if relevance:
                 linear, bias = norms.frozen(norm, resid)
                 return self._logits(linear(resid) + bias, tokens)

@@ -41,6 +41,7 @@ from workbench.errors import UserError, unknown
 from workbench.metrics import top1
 from workbench.models import LanguageModel, numerics
 from workbench.prompts import Batch, sample
+from workbench.spread import SPREAD
 
 log = logging.getLogger(__name__)
 RECORD_VERSION = 1
@@ -271,9 +272,14 @@ def key_of(
     models = {name: pretrained.fingerprint(name) for name in sorted(named - known.keys() - {""})}
     models = {name: digest for name, digest in models.items() if digest is not None}
     others = sorted(named - known.keys() - {""})
-    found = {name: digest for name in others if (digest := places.behind(name) or texts.digest(name)) is not None}
+    found = {name: digest for name in others if (digest := content(name)) is not None}
     more = {"versions": versions, "models": models, "contents": found}
     return key | {name: value for name, value in more.items() if value}
+
+
+def content(name: str) -> str | None:
+    """What decides a result by a name: what it stands for, or the digest of its file; None for any other word."""
+    return places.behind(name) or texts.digest(name)
 
 
 def task_figures(model: LanguageModel, batch: Batch, store: ActivationStore) -> dict[str, Any]:
@@ -327,7 +333,7 @@ def command(key: Mapping[str, Any], model: LanguageModel | None, dtype: str, dev
     words = ["wb", "run", key["analysis"]]
     if model is not None:
         words += ["--model", model.name]
-        dtype, device = str(model.dtype).removeprefix("torch."), str(model.device)
+        dtype, device = str(model.dtype).removeprefix("torch."), SPREAD if model.spread else str(model.device)
     words += ["--task", key["task"], "--n", str(key["n"])] if "task" in key else []
     words += ["--seed", str(key["seed"])]
     words += ["--dtype", dtype] if dtype != "float32" else []
@@ -348,7 +354,7 @@ def environment(model: LanguageModel | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     if model is not None:
-        found |= {"device": str(model.device), "numerics": model.numerics}
+        found |= {"device": SPREAD if model.spread else str(model.device), "numerics": model.numerics}
         if model.device.type == "cuda":
             found["gpu"] = torch.cuda.get_device_name(model.device)
     return found

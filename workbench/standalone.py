@@ -199,8 +199,8 @@ def svg(text: str) -> str:
 
 
 @singledispatch
-def program(result: object) -> str:
-    """What was found as one file of Python, which needs no workbench. Raises UserError for what does nothing."""
+def program(result: object, run: Run) -> str:
+    """What a run found as one file of Python, which needs no workbench. Raises UserError for what does nothing."""
     raise UserError(f"a {type(result).__name__} is no program; the recipe of a language-steering run is.")
 
 

@@ -82,8 +82,9 @@ def show(run: Run, result: LanguageSteering) -> None:
     given = {"strengths": str(recipe.strength), **{name: str(getattr(recipe, name)) for name in names}}
     right.page_link("views/playground.py", label="Play with it", icon=":material/tune:", query_params=given)
     left.download_button(
-        "Download it as a program", partial(standalone.program, result), f"{run.id}.py", "text/x-python", key="program",
-        icon=":material/code:", on_click="ignore", help="One file that steers the model, and needs torch alone.",
+        "Download it as a program", partial(standalone.program, result, run), f"{run.id}.py", "text/x-python",
+        key="program", icon=":material/code:", on_click="ignore",
+        help="One file that steers the model, and needs torch alone.",
     )  # fmt: skip
     widgets.chart(plots.figure(result), key="steering figure")
     st.caption(widgets.plain(plots.definition(result)))

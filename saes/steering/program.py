@@ -14,16 +14,21 @@ from string import Template
 
 from saes.pretrained import load
 from saes.steering.language_steering import LanguageSteering
+from workbench import runs
 from workbench.errors import UserError
+from workbench.runs import Run
 from workbench.standalone import program
 
 TEMPLATE = Path(__file__).parents[1] / "data" / "steer.txt"
 
 
 @program.register
-def _(result: LanguageSteering) -> str:
-    """Raises UserError for a recipe that does not add one vector to what a block writes."""
+def _(result: LanguageSteering, run: Run) -> str:
+    """Raises UserError for a recipe that does not add one vector to what a block writes, and where its SAE is another
+    by now than the one it was found in."""
     recipe = result.recipe
+    if run.record["key"].get("contents", {}).get(recipe.sae) != runs.content(recipe.sae):
+        raise UserError(f"{recipe.sae} is another SAE here than the one that run {run.id} searched; search this one.")
     block = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", recipe.hook)
     if block is None or (recipe.kind, recipe.scope) != ("add", "all"):
         raise UserError(

@@ -1,12 +1,13 @@
 """Stores made apart, such as one on each node of a cluster, brought together: entry by entry, checked as it is read.
 
 An entry keeps what its manifest said: which batch it was computed in, by which software, when. What is here already
-stays, as the first stored activation is the one that everybody gets. The other store is only read.
+stays, as the first stored activation is the one that everybody gets. Nothing is changed in the other store.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def merge(into: Disk, folder: Path) -> Merged:
         raise UserError(f"{folder} is this store itself; name another one.")
     index, readers = Index(folder), Readers(folder)
     taken = here = damaged = size = 0
-    with index.guard():
+    with ExitStack() as stack, index.guard():
+        stack.callback(readers.close_all)
         (whole,) = index.db().execute("SELECT coalesce(sum(nbytes), 0) FROM entries").fetchone()
         if whole > into.budget:
             raise UserError(
