@@ -4,11 +4,13 @@ built without a warning."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +23,33 @@ from saes import pretrained as saes
 from tests.conftest import Wb
 from workbench import batch, jobs, places, registry, runs, settings
 from workbench.activations import ActivationStore
+from workbench.models import LanguageModel
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SNIPPETS = [page for page in PAGES if "```python" in page.read_text()]
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S)  # in turn, so that none ends another
+    return [text for known, text in fenced if known == language]
 
 
-def commands() -> Iterator[str]:
-    """In blocks, a line each; in prose those that give an option, and no placeholder."""
-    for page in PAGES:
-        for block in [*blocks(page, ""), *blocks(page, "sh")]:
-            yield from (line.split("  ")[0] for line in block.splitlines() if line.startswith("wb "))
-        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
-        yield from (one for one in re.findall(r"`(wb [^`]+)`", prose) if "--" in one and "..." not in one)
+def commands(page: Path) -> list[str]:
+    """In the order of the page: in blocks a line each, in prose what has no placeholder of a name."""
+    found: list[str] = []
+    for language, block, prose in re.findall(r"^```(\w*)\n(.*?)^```$|`(wb [^`]+)`", page.read_text(), re.M | re.S):
+        if prose and "..." not in prose:
+            found.append(" ".join(prose.split()))
+        elif language in ("", "sh"):
+            found += [line.split("  ")[0] for line in block.splitlines() if line.startswith("wb ")]
+    return found
 
 
 class Asked(Exception):
     """What a command would have done."""
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(commands()))
+@pytest.mark.parametrize("command", dict.fromkeys(command for page in PAGES for command in commands(page)))
 def test_a_command_is_one_that_exists(
     command: str, wb: Wb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: Path
 ) -> None:
@@ -81,8 +86,8 @@ def test_a_command_is_one_that_exists(
         status, _, err = wb(*words)
     except Asked:
         return
-    # What needs nothing ran; a file that is none was at least asked for.
-    assert status == 0 or "is no zip file" in err, err
+    # What needs nothing ran; a file that is none, and an empty store, were at least asked for.
+    assert status == 0 or "is no zip file" in err or "nothing is stored yet" in err, err
 
 
 def test_makefile_targets_that_pages_name_are_there() -> None:
@@ -114,18 +119,100 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert "LanguageModel" in text and "Raises UserError" in text
 
 
+SMALLER: dict[str, dict[str, Any]] = {  # in place of what takes minutes to hours; the rest is as the page has it
+    "attention-truncation": {"n": 2}, "attention-sinks": {"n": 2}, "attention-entropy": {"n": 2}, "cka": {"n": 4},
+    "kv-saliency": {"n": 2}, "modular-addition": {"steps": 200}, "icl-regression": {"steps": 200},
+    "compare": {"n": 4, "methods": "patching,eap"}, "patching": {"n": 2},
+    "sparse-bridge": {"seconds": 5},
+    "sparse-prune": {"n": 16, "settings": 1, "steps": 40},
+    "train-sae": {"latents": 1024, "tokens": 60_000, "batch": 256},
+    "latents": {"tokens": 2000, "length": 16, "examples": 3},
+    "language-layers": {"strengths": "1", "steps": 4, "n-validation": 2, "n-test": 2},
+    "steer": {"steps": 8},
+}  # fmt: skip
+TERMS = "gemma-3-270m"
+
+
+class Reader:
+    """Types what a page says, one command after another; placeholders are what an earlier one gave."""
+
+    def __init__(self, wb: Wb, folder: Path) -> None:
+        self.wb, self.folder = wb, folder
+        (steered, *_) = (path.name for path in (saes.DATA / "runs").glob("language-steering-*"))
+        self.ids = {"RUN": steered}
+
+    def __call__(self, command: str, page: Path) -> None:
+        words = [self.ids.get(word.removesuffix(".zip"), word) for word in shlex.split(command)[1:]]
+        kind = words[words.index("run") + 1] if "run" in words else words[0]
+        for name, value in SMALLER.get(kind, {}).items():
+            if f"--{name}" in words:
+                at = words.index(f"--{name}")
+                del words[at : at + 2]
+            words += [f"--{name}", str(value)]
+        if words[0] == "extract":
+            words += ["--n", "4"]
+        if words[0] == "batch":
+            plan = yaml.safe_load(blocks(page, "yaml")[0])
+            (self.folder / "plan.yaml").write_text(yaml.safe_dump(plan | {"n": 2}))
+        if words[0] == "import":  # as from elsewhere
+            shutil.rmtree(settings.home() / "runs" / words[1])
+            words[1] += ".zip"
+        if words[:2] == ["store", "merge"]:
+            shutil.copytree(settings.home() / "store", self.folder / "other")
+            words[2] = str(self.folder / "other")
+        began = time.monotonic()
+        status, out, err = self.wb(*words)
+        print(f"{time.monotonic() - began:6.1f} s  {shlex.join(words)}", file=sys.__stderr__, flush=True)
+        assert status == 0, f"{command}: {err}"
+        self.remember(words, out)
+        if words[:2] == ["job", "resume"]:  # nothing goes on when the test has ended
+            while jobs.get(self.ids["ID"]).state not in jobs.ENDED:
+                time.sleep(0.5)
+            assert jobs.get(self.ids["ID"]).state == "done"
+
+    def remember(self, words: list[str], out: str) -> None:
+        """Ids that a reader would copy."""
+        if words[:2] == ["job", "start"]:
+            self.ids["ID"] = out.strip()
+        if words[0] == "run":
+            names = {"attribution-patching": "attribution-patching-with_as-0123456789ab", "train-sae": "RUN",
+                     "sparse-bridge": "sparse-bridge-29ae0b8d9be8"}  # fmt: skip
+            made = [path.name for path in (settings.home() / "runs").glob(f"{words[1]}-*")]
+            if words[1] in names:
+                (self.ids[names[words[1]]],) = made
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", SNIPPETS, ids=lambda page: page.name)
-def test_snippets_run_from_top_to_bottom(page: Path, shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the models that come along, and the embedded one."""
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if re.search("```python|`wb |^wb ", page.read_text(), re.M)],
+    ids=lambda page: page.name,
+)
+def test_a_page_runs_from_top_to_bottom(
+    page: Path, wb: Wb, smollm: LanguageModel, shared_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its snippets and its commands, on the models that come along and embedded ones."""
+    here = ["smollm2-135m"]
+    if TERMS in page.read_text() and any(TERMS in command or "--accept-terms" in command for command in commands(page)):
+        if TERMS not in os.environ.get("WORKBENCH_ACCEPT_TERMS", ""):
+            pytest.skip(f"WORKBENCH_ACCEPT_TERMS does not name {TERMS}")
+        with monkeypatch.context() as patch:
+            patch.setenv("WORKBENCH_HOME", str(shared_home))
+            LanguageModel.load(TERMS, accept_terms=True)
+        here.append(TERMS)
     for data in (models.DATA, saes.DATA):
         places.ship(data / "runs")
     (settings.home() / "models").mkdir(parents=True, exist_ok=True)
-    (settings.home() / "models" / "smollm2-135m").symlink_to(shared_home / "models" / "smollm2-135m")
+    for model in here:
+        (settings.home() / "models" / model).symlink_to(shared_home / "models" / model)
     monkeypatch.setattr(pio.renderers, "default", "json")
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": page.stem}
     for i, block in enumerate(blocks(page, "python")):
         exec(compile(block, f"{page.name}, snippet {i}", "exec"), names)
+    read = Reader(wb, tmp_path)
+    for command in commands(page):
+        read(command, page)
 
 
 def test_the_plan_for_a_big_model_is_of_measured_figures(capsys: pytest.CaptureFixture[str]) -> None:

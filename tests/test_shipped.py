@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -141,3 +142,25 @@ def test_one_channel_of_the_bridged_model_turns_the_dense_models_answer() -> Non
     now = dict(zip(again.strengths, again.mean.tolist(), strict=True))
     assert now[0.0] < 0.01 and now[2.0] > 0.5
     assert float(low.min()) >= 0
+
+
+def test_what_the_page_says_of_the_twins_is_what_was_measured() -> None:
+    kept = json.loads((Path(__file__).parent / "benchmarks" / "results" / "twins-small-cpu.json").read_text())
+    page, models = " ".join(PAGE.split()), kept["models"]
+    sentences = {
+        "dense": "{:,.0f} edges against {:,.0f}: {:.0f} times",
+        "dense, AbsTopK": "{1:,.0f} edges where the sparse model's have {0:,.0f}: {2:.1f} times",
+    }
+    for arm, said in sentences.items():
+        common = sorted(models["sparse"]["edges"].keys() & models[arm]["edges"].keys())
+        means = [geometric_mean([models[name]["edges"][task] for task in common]) for name in ("sparse", arm)]
+        assert said.format(*means, means[1] / means[0]) in page
+        assert kept["ratios"][arm]["value"] == pytest.approx(means[1] / means[0], abs=0.01)
+        assert (
+            abs(models[arm]["held_out_loss"] - models["sparse"]["held_out_loss"]) <= kept["within"] + 1e-4
+        )  # losses are kept to four places
+    other = models["dense, AbsTopK"]
+    assert (
+        f"{other['tokens'] / 1e6:.0f} million tokens" in page and f"ends at {other['held_out_loss']:.2f} nats" in page
+    )
+    assert other["tasks_solved"] == len(other["edges"]) == 18

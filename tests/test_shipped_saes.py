@@ -72,7 +72,10 @@ def test_those_of_gemma_fit_it(name: str, shared_home: Path, monkeypatch: pytest
 # ---- searches for a language ----
 
 
-@pytest.mark.parametrize("id", sorted(path.name for path in (DATA / "runs").glob("language-steering-*")))
+SEARCHES = sorted(path.name for path in (DATA / "runs").glob("language-steering-*"))
+
+
+@pytest.mark.parametrize("id", SEARCHES)
 def test_a_search_is_of_the_saes_that_come_along_and_says_what_its_record_says(id: str) -> None:
     run = runs.get_run(id)
     assert run.result.summary() == run.summary
@@ -82,3 +85,20 @@ def test_a_search_is_of_the_saes_that_come_along_and_says_what_its_record_says(i
     for name, verdict in run.result.table.items():
         assert kept["table"][name]["plain"] == pytest.approx(verdict.plain, abs=1e-3)
     assert kept["run"] == id and "def steered" in program(run.result, run)
+
+
+def test_what_the_page_says_of_the_searches_is_what_was_measured() -> None:
+    page = " ".join((Path(__file__).parents[1] / "docs" / "steering.md").read_text().split())
+    kept = json.loads((RESULTS / "steering-gemma-3-270m-cpu.json").read_text())
+    for one in kept["targets"].values():
+        table, recipe = one["table"], one["recipe"]
+        columns = [f"{table[name][key]:.2f}" for name in ("latent", "DiffMean") for key in ("plain", "strict", "score")]
+        others = [f"{table[name]['plain']:.2f}" for name in ("random direction", "prompting")]
+        layer = recipe["hook"].split(".")[1]
+        assert f"| {layer}, {recipe['latent']} | {' | '.join(columns + others)} |" in page
+        for key in ("plain_interval", "strict_interval"):
+            assert table["latent"][key][1] >= table["DiffMean"][key][0], (recipe["target"], key)
+    for name in ("latent", "DiffMean"):
+        plain, strict, score = (f"{kept['mean'][name][key]:.3f}"[1:] for key in ("plain", "strict", "score"))
+        assert f"{plain}, {strict} and {score}" in page
+    assert kept["mean"]["latent"]["languages"] == len(kept["targets"]) == len(SEARCHES)

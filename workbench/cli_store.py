@@ -54,7 +54,7 @@ def store_stats(as_json: AsJson = False) -> None:
 
 
 @store_cli.command("show")
-def storeshow_as(
+def store_show(
     sequence: Annotated[str, typer.Argument(help="First letters of a sequence's digest.")] = "",
     hook: OfHook = None,
     run: OfRun = None,

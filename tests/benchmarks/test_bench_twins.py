@@ -7,8 +7,8 @@ tokens that a whole, annealed training ends at the sparse model's loss. Arms:
     dense            all weights and activations
     dense, AbsTopK   all weights, activations as sparse as in the sparse model
 
-Seen so far: the twin with AbsTopK ends at 2.158 nats after 7.5, at 2.114 after 11.4 and at 2.100 after 13 million
-tokens, where the dense one took 5.25 million for 2.111; the sparse model's is 2.091.
+The twin with AbsTopK ends at 2.158 nats after 7.5, at 2.114 after 11.4 and at 2.100 after 13 million tokens, where the
+dense one took 5.25 million for 2.111; the sparse model's is 2.091.
 
 All are pruned by the same search, with the same target, for each task that they solve. The ratio is that of the
 geometric means of edges, over the tasks that both solve and have a circuit of.
@@ -16,6 +16,8 @@ geometric means of edges, over the tasks that both solve and have a circuit of.
 Predictions, written before the first run: at the small size (width 256, one weight in 32) the dense twin needs more
 than 25 times the edges, and the one with AbsTopK somewhat fewer, as most of its neurons are idle. On the frontier edges
 fall with density at both widths, and at equal nonzeros with the width.
+
+Seen: 26.2 times (17 tasks), and 3.8 times with AbsTopK (18 tasks), far fewer than predicted.
 """
 
 from __future__ import annotations

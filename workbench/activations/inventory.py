@@ -197,7 +197,9 @@ def manifests(index: Index, *, sequence: str = "", hook: str = "", run: str = ""
         found = [_manifest(index, dict(zip(names, row, strict=True))) for row in cursor.fetchall()]
     if not found:
         what = " ".join(f"{k} {v!r}" for k, v in (("sequence", sequence), ("hook", hook), ("run", run)) if v)
-        raise UserError(f"nothing is stored for {what or 'any sequence'}; `wb store show` lists what is.")
+        if not what:
+            raise UserError("nothing is stored yet; what a run reads of a model is, as it runs.")
+        raise UserError(f"nothing is stored for {what}; `wb store show` lists what is.")
     return found
 
 
