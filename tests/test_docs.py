@@ -125,7 +125,7 @@ SMALLER: dict[str, dict[str, Any]] = {  # in place of what takes minutes to hour
     "compare": {"n": 4, "methods": "patching,eap"}, "patching": {"n": 2},
     "sparse-bridge": {"seconds": 5},
     "sparse-prune": {"n": 16, "settings": 1, "steps": 40},
-    "train-sae": {"latents": 1024, "tokens": 60_000, "batch": 256},
+    "train-sae": {"latents": 512, "tokens": 20_000, "batch": 64},
     "latents": {"tokens": 2000, "length": 16, "examples": 3},
     "language-layers": {"strengths": "1", "steps": 4, "n-validation": 2, "n-test": 2},
     "steer": {"steps": 8},
@@ -160,9 +160,7 @@ class Reader:
         if words[:2] == ["store", "merge"]:
             shutil.copytree(settings.home() / "store", self.folder / "other")
             words[2] = str(self.folder / "other")
-        began = time.monotonic()
         status, out, err = self.wb(*words)
-        print(f"{time.monotonic() - began:6.1f} s  {shlex.join(words)}", file=sys.__stderr__, flush=True)
         assert status == 0, f"{command}: {err}"
         self.remember(words, out)
         if words[:2] == ["job", "resume"]:  # nothing goes on when the test has ended

@@ -1,8 +1,8 @@
 """Many runs from one plan: models x tasks x methods x seeds, a run for each combination.
 
-    models: [smollm2-135m, pycode-small-dense]
-    tasks: [ioi, with_as]
-    methods: [patching, eap, {eap-ig: {steps: 3}}]   # analyses, with parameters where they are not the defaults
+    models: [smollm2-135m, gemma-3-270m]
+    tasks: [ioi, induction]
+    methods: [attribution-patching, eap, {eap-ig: {steps: 3}}]  # analyses, and parameters
     seeds: [0, 1]
     n: 16
 
