@@ -138,8 +138,7 @@ class Reader:
 
     def __init__(self, wb: Wb, folder: Path) -> None:
         self.wb, self.folder = wb, folder
-        (steered, *_) = (path.name for path in (saes.DATA / "runs").glob("language-steering-*"))
-        self.ids = {"RUN": steered}
+        self.ids = {"RUN": min(path.name for path in (saes.DATA / "runs").glob("language-steering-*"))}
 
     def __call__(self, command: str, page: Path) -> None:
         words = [self.ids.get(word.removesuffix(".zip"), word) for word in shlex.split(command)[1:]]
@@ -151,6 +150,8 @@ class Reader:
             words += [f"--{name}", str(value)]
         if words[0] == "extract":
             words += ["--n", "4"]
+        if words[1:] == ["sparse-tasks"]:  # of the model that was just trained; those of others are found
+            words += ["--tasks", "with_as,for_while", "--pairs", "8", "--settings", "1", "--steps", "40"]
         if words[0] == "batch":
             plan = yaml.safe_load(blocks(page, "yaml")[0])
             (self.folder / "plan.yaml").write_text(yaml.safe_dump(plan | {"n": 2}))
@@ -189,7 +190,7 @@ class Reader:
 def test_a_page_runs_from_top_to_bottom(
     page: Path, wb: Wb, smollm: LanguageModel, shared_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its snippets and its commands, on the models that come along and embedded ones."""
+    """Its snippets, then its commands, on the models that come along and embedded ones."""
     here = ["smollm2-135m"]
     if TERMS in page.read_text() and any(TERMS in command or "--accept-terms" in command for command in commands(page)):
         if TERMS not in os.environ.get("WORKBENCH_ACCEPT_TERMS", ""):
