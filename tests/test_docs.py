@@ -187,7 +187,7 @@ class Reader:
     [page for page in PAGES if re.search("```python|`wb |^wb ", page.read_text(), re.M)],
     ids=lambda page: page.name,
 )
-def test_a_page_runs_from_top_to_bottom(
+def test_snippets_and_commands_of_a_page_run(
     page: Path, wb: Wb, smollm: LanguageModel, shared_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its snippets, then its commands, on the models that come along and embedded ones."""

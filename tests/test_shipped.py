@@ -164,3 +164,10 @@ def test_what_the_page_says_of_the_twins_is_what_was_measured() -> None:
         f"{other['tokens'] / 1e6:.0f} million tokens" in page and f"ends at {other['held_out_loss']:.2f} nats" in page
     )
     assert other["tasks_solved"] == len(other["edges"]) == 18
+    solved = sorted(set.intersection(*(set(model["edges"]) for model in models.values())))
+    dense, rest = (
+        geometric_mean([models[arm]["edges"][task] for task in solved]) for arm in ("dense", "dense, AbsTopK")
+    )
+    assert f"another {dense / rest:.1f} times over the {len(solved)} tasks that all three solve" in page
+    fewer = [task for task in solved if other["edges"][task] < models["sparse"]["edges"][task]]
+    assert sorted(fewer) == ["for_while", "while_return_true"]

@@ -400,6 +400,7 @@ def _after_fork(disk: weakref.ref[Disk]) -> None:
         if this._owner is not None:
             os.close(this._owner[1])
             this._owner = None
+        this._readers.renew_lock()
         _close(this._writers, this._readers)
         this._reset()
 

@@ -194,6 +194,10 @@ class Readers:
         for name in list(self._files):
             self.close(name)
 
+    def renew_lock(self) -> None:
+        """In a forked child, where the thread that held it does not exist."""
+        self._lock = threading.Lock()
+
 
 def _lock(file: int) -> bool:
     try:
