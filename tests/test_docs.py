@@ -150,6 +150,8 @@ class Reader:
             words += [f"--{name}", str(value)]
         if words[0] == "extract":
             words += ["--n", "4"]
+        if kind == "language-steering" and "--n-test" not in words:  # the one with all its numbers is found
+            words += ["--top", "1", "--written", "2", "--steps", "4", "--n-validation", "3", "--n-test", "3"]
         if words[1:] == ["sparse-tasks"]:  # of the model that was just trained; those of others are found
             words += ["--tasks", "with_as,for_while", "--pairs", "8", "--settings", "1", "--steps", "40"]
         if words[0] == "batch":
