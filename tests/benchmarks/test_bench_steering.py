@@ -29,9 +29,12 @@ from typing import Any
 import pytest
 
 from saes.pretrained import DATA, shipped
+from saes.steering.evaluate import glance, write
 from saes.steering.languages import harmonic
+from saes.steering.parallel import corpus
 from tests.benchmarks import harness
 from workbench import places, runs, settings
+from workbench.models import LanguageModel
 
 GEMMA = "gemma-3-270m"
 TARGETS = ("fr", "es", "zh", "ja", "de", "it", "ru")
@@ -57,6 +60,25 @@ def test_language_steering(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -
         targets[target]["seconds"] = run.record["cost"]["seconds"]
         targets[target]["ablated"] = {name: round(x.ablated - x.plain, 4) for name, x in found.effects.items()}
         harness.record(f"steering-{GEMMA}", {"sae": sae, "mean": mean(targets), "targets": targets})
+
+
+@pytest.mark.slow
+def test_what_the_model_writes_by_itself(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first halves of sentences in each language, unsteered: how clean its texts are where it need not be
+    steered, which those that it is steered to are to be seen beside. Of the same length and chance as in the searches.
+    """
+    monkeypatch.setenv("WORKBENCH_HOME", str(shared_home))
+    if GEMMA not in settings.accepted_terms():
+        pytest.skip("its terms are not accepted")
+    model, sizes = LanguageModel.load(GEMMA), harness.size(SIZE, SMALL)
+    found = {}
+    for language in ("en", *TARGETS):
+        sentences = corpus("test", [language])[language][: sizes["n_test"]]
+        halves = [model.token_ids(text) for text in sentences]
+        given = [model.tokenizer.decode(ids[: -(-len(ids) // 2)]) for ids in halves]
+        verdict = glance(write(model, given, [None], sizes["steps"])[0], language)
+        found[language] = {key: round(getattr(verdict, key), 3) for key in ("plain", "clean", "repetition")}
+    harness.record(f"steering-native-{GEMMA}", {**sizes, "temperature": 0.5, "languages": found})
 
 
 def mean(targets: dict[str, Any]) -> dict[str, dict[str, float]]:
