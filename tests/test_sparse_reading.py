@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
-from circuits.sparse import pruning_run
+from circuits.sparse import pruning_run, validate
 from circuits.sparse.channels import Channels
 from circuits.sparse.circuit_figures import places_of, through_the_stream
 from circuits.sparse.masked import Masked, fills
@@ -140,3 +143,38 @@ def test_a_circuit_is_validated_unless_told_otherwise(sparse_coder: LanguageMode
     assert found.validation is not None
     assert found.validation.sufficiency.loss == pytest.approx(found.pruned.held_out)
     assert {"necessity", "nonsense"} & set(found.summary()) and not {"necessity"} & set(found.pruned.summary())
+
+
+def test_a_validation_that_is_killed_goes_on(sparse_coder: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    quick = {name: value for name, value in SHORT["sparse-prune"].items() if name != "controls"}
+    again: dict[str, Any] = {"model": sparse_coder, "task": "with_as", "n": 2, **quick}
+    calls: list[str] = []
+    few = {
+        "necessity": partial(validate.necessity, draws=1, seed=0),
+        "subsets": partial(validate.subsets, draws=1, settings=Settings(k_coef=1e-4, lr=3e-2, steps=2)),
+    }
+
+    def quickly(name: str) -> Callable[..., Any]:
+        return lambda *given, **_: (calls.append(name), few[name](*given))[1]
+
+    def control(name: str) -> Callable[..., validate.Control]:
+        return lambda *_: (calls.append(name), validate.Control(False, 0.1, 0.1))[1]
+
+    def killed(*_: Any) -> Any:
+        raise Killed
+
+    for name in few:
+        monkeypatch.setattr(validate, name, quickly(name))
+    for name in ("nonsense", "random_weights", "backup"):
+        monkeypatch.setattr(validate, name, control(name))
+    with monkeypatch.context() as patch:
+        patch.setattr(validate, "stability", killed)
+        with pytest.raises(Killed):
+            runs.run("sparse-prune", **again)
+    monkeypatch.setattr(validate, "stability", lambda *_: validate.Stability((0,), (0,), (1,), (1,), None, None))
+    found = runs.run("sparse-prune", **again).result.validation
+    assert sorted(calls) == ["backup", "necessity", "nonsense", "random_weights", "subsets"]
+    assert found.nonsense == found.backup == validate.Control(False, 0.1, 0.1) and found.subsets.summary()

@@ -89,9 +89,7 @@ def sparse_prune(
     found = parts.once("pruned", Pruned, lambda: question.circuit(search, seed))
     checked = None
     if controls:
-        checked = parts.once(
-            "validation", Validation, lambda: validate(model, found, train, test, stream, search=search, seed=seed)
-        )
+        checked = validate(model, found, train, test, stream, search=search, seed=seed, part="validation")
     return SparseCircuit(found, read(question, found.kept, found.scale), checked)
 
 

@@ -19,10 +19,10 @@ before its loss on other pairs is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -31,6 +31,7 @@ from torch import Tensor
 from circuits.sparse.ablations import ADVERSARY, Necessity, Subsets, Sufficiency, necessity, subsets, sufficiency
 from circuits.sparse.prune import SEARCH, Pruned, Question, Searched, Settings, ask
 from circuits.sparse.variants import shuffled
+from workbench import parts
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.prompts import Batch
@@ -39,6 +40,7 @@ __all__ = [
     "Control", "Necessity", "Stability", "Subsets", "Sufficiency", "Validation", "backup", "geometric_mean",
     "necessity", "nonsense", "random_weights", "stability", "subsets", "sufficiency", "validate",
 ]  # fmt: skip
+T = TypeVar("T")
 SAME = 1e-2  # nats: more than other numerics change a loss by
 
 
@@ -205,6 +207,7 @@ def validate(
     adversary: Settings = ADVERSARY,
     seed: int = 0,
     draws: int = 20,
+    part: str | None = None,
 ) -> Validation:
     """Everything that is reported with a circuit that `prune` found on these pairs.
 
@@ -213,6 +216,7 @@ def validate(
     adversary  settings that the worst subset is searched with
     seed       of gates, labels, places of weights and subsets
     draws      random sets of channels, of each kind
+    part       begins the names by which a run that is killed finds again what it had (`workbench.parts`)
 
     Takes about three times as long as the pruning did.
 
@@ -233,16 +237,20 @@ def validate(
             f"the circuit's loss was {found.held_out:.4f} when it was found, and is {alone.loss:.4f} here; give the "
             "model, the pairs and the stream that it was found with."
         )
+
+    def kept(name: str, kind: type[T], compute: Callable[[], T]) -> T:
+        return compute() if part is None else parts.once(f"{part}-{name}", kind, compute)
+
     return Validation(
         model.name,
         train.task.name,
         alone,
-        necessity(question, found.kept, draws=draws, seed=seed),
-        subsets(question, found, draws=draws, settings=adversary, seed=seed),
-        nonsense(question, search, seed),
-        random_weights(question, search, seed, draws),
-        backup(question, found, search, seed),
-        stability(question, found),
+        kept("necessity", Necessity, lambda: necessity(question, found.kept, draws=draws, seed=seed)),
+        kept("subsets", Subsets, lambda: subsets(question, found, draws=draws, settings=adversary, seed=seed)),
+        kept("nonsense", Control, lambda: nonsense(question, search, seed)),
+        kept("random-weights", Control, lambda: random_weights(question, search, seed, draws)),
+        kept("backup", Control, lambda: backup(question, found, search, seed)),
+        kept("stability", Stability, lambda: stability(question, found)),
         f"losses in nats per prompt on {len(test)} other pairs, chance {math.log(2):.4f}; {found.circuit.definition}",
     )
 
