@@ -90,16 +90,21 @@ def test_a_search_is_of_the_saes_that_come_along_and_says_what_its_record_says(i
 def test_what_the_page_says_of_the_searches_is_what_was_measured() -> None:
     page = " ".join((Path(__file__).parents[1] / "docs" / "steering.md").read_text().split())
     kept = json.loads((RESULTS / "steering-gemma-3-270m-cpu.json").read_text())
-    for one in kept["targets"].values():
+    itself = json.loads((RESULTS / "steering-native-gemma-3-270m-cpu.json").read_text())["languages"]
+    short = {}
+    for target, one in kept["targets"].items():
         table, recipe = one["table"], one["recipe"]
-        columns = [f"{table[name][key]:.2f}" for name in ("latent", "DiffMean") for key in ("plain", "strict", "score")]
-        others = [f"{table[name]['plain']:.2f}" for name in ("random direction", "prompting")]
+        keys = ("plain", "strict", "score", "clean")
+        columns = [f"{table[name][key]:.2f}" for name in ("latent", "DiffMean") for key in keys]
         layer = recipe["hook"].split(".")[1]
-        assert f"| {layer}, {recipe['latent']} | {' | '.join(columns + others)} |" in page
+        assert f"| {layer}, {recipe['latent']} | {' | '.join(columns)} | {itself[target]['clean']:.2f} |" in page
         for key in ("plain_interval", "strict_interval"):
             (low, high), (least, most) = table["latent"][key], table["DiffMean"][key]
-            assert low <= most and least <= high, (recipe["target"], key)
-    for name in ("latent", "DiffMean"):
-        plain, strict, score = (f"{kept['mean'][name][key]:.3f}"[1:] for key in ("plain", "strict", "score"))
-        assert f"{plain}, {strict} and {score}" in page
+            assert low <= most and least <= high, (target, key)
+        short[target] = table["latent"]["clean"] / itself[target]["clean"]
+    assert {target: round(x, 1) for target, x in short.items()} == {"fr": 1.0, "zh": 1.0, "es": 0.8, "ja": 0.6}
+    for name, one in kept["mean"].items():
+        row = " | ".join(f"{one[key]:.3f}" for key in ("plain", "strict", "score"))
+        assert name == "none" or f"| {name} | {row} |" in page, name
+        assert name == "PCA" or all(one[key] <= kept["mean"]["PCA"][key] for key in ("plain", "strict"))
     assert kept["mean"]["latent"]["languages"] == len(kept["targets"]) == len(SEARCHES)
