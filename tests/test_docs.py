@@ -143,7 +143,8 @@ class Reader:
     def __call__(self, command: str, page: Path) -> None:
         words = [self.ids.get(word.removesuffix(".zip"), word) for word in shlex.split(command)[1:]]
         kind = words[words.index("run") + 1] if "run" in words else words[0]
-        for name, value in SMALLER.get(kind, {}).items():
+        found = kind == "sparse-prune" and "pycode-small" in words  # comes with the package
+        for name, value in ({} if found else SMALLER.get(kind, {})).items():
             if f"--{name}" in words:
                 at = words.index(f"--{name}")
                 del words[at : at + 2]

@@ -122,6 +122,38 @@ def test_a_circuit_does_what_the_table_says(model: str) -> None:
     assert alone == pytest.approx(row.held_out, abs=0.1)
 
 
+def test_what_the_page_says_against_a_circuit_is_what_its_run_found() -> None:
+    (folder,) = (DATA / "runs").glob("sparse-prune-*")
+    run = runs.get_run(folder.name)
+    found, page = run.summary, " ".join(PAGE.split())
+    table = tables()["pycode-small"].result.rows["set_or_string_fixedvarname"]
+    assert torch.equal(run.result.pruned.kept, table.kept) and found["n_edges"] == table.edges
+
+    def short(x: float) -> str:
+        return f"{x:.3f}".replace("0.", ".", 1)
+
+    without, rest, other = found["loss_more_without"], found["subsets_ablated"], found["elsewhere"]
+    worst = rest["adversarial"]["refitted"]
+    assert not any(found[name]["reached"] for name in ("nonsense", "random_weights", "backup"))
+    for said in (
+        f"circuit of {found['n_nodes']} channels and {found['n_edges']} edges has {short(found['held_out_loss'])}",
+        f"no circuit: least loss {short(found['nonsense']['loss'])}, on",
+        f"no circuit: {short(found['random_weights']['loss'])} |",
+        f"just not: {short(found['backup']['loss'])}, where .15",
+        "{} to {} edges; shared by two of three: ".format(*found["stability"]["edges"])
+        + f"{found['stability']['same_nodes']:.2f} of nodes, {found['stability']['same_edges']:.2f} of edges".replace(
+            "0.", "."
+        ),
+        f"{without['circuit']:.3f} more",
+        "{} more in the mean of 20 draws, at most {}".format(*map(short, without["random"])),
+        "of the same sites {}, at most {}".format(*map(short, without["matched"])),
+        "{} in the mean, at most {}".format(*map(short, rest["0.5"])),
+        f"{rest['adversarial_n']:,} others at their mean, chosen by an adversary | {short(worst)} |",
+        f"{short(other['task-mean'][0])}, {short(other['zero'][0])}, {short(other['resample'][0])} |",
+    ):
+        assert said in page, said
+
+
 # ---- the bridge ----
 
 
