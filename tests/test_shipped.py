@@ -137,7 +137,7 @@ def test_what_the_page_says_against_a_circuit_is_what_its_run_found() -> None:
     assert not any(found[name]["reached"] for name in ("nonsense", "random_weights", "backup"))
     for said in (
         f"circuit of {found['n_nodes']} channels and {found['n_edges']} edges has {short(found['held_out_loss'])}",
-        f"no circuit: least loss {short(found['nonsense']['loss'])}, on",
+        f"no circuit: least loss {short(found['nonsense']['loss'])} |",
         f"no circuit: {short(found['random_weights']['loss'])} |",
         f"just not: {short(found['backup']['loss'])}, where .15",
         "{} to {} edges; shared by two of three: ".format(*found["stability"]["edges"])

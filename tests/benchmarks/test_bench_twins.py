@@ -123,8 +123,8 @@ def test_sparse_against_dense(home: Path) -> None:
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_frontier(width: int, density: float, home: Path) -> None:
-    """Held-out loss against edges, of equal tokens, each model at the best of some learning rates: the most weights
-    want the smallest."""
+    """Held-out loss against edges, of equal tokens, each model at the best of three learning rates: which one that
+    is depends on width and density."""
     tokens = harness.size(int(os.environ.get("FRONTIER_TOKENS", 2_000_000)), 8192)
     options: dict[str, Any] = {"width": width, "density": density, "embedding_density": min(1.0, 2 * density)}
     if harness.QUICK:
