@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -338,11 +339,7 @@ def hooked(
     module.__dict__["workbench_under_way"] = True
     blocks = cast(nn.ModuleList, module.get_submodule(family.blocks))
     with ExitStack() as stack:
-
-        def install(register: Callable[..., RemovableHandle], fn: Callable[..., Any], **options: bool) -> None:
-            fn.workbench = True  # type: ignore[attr-defined]
-            stack.callback(register(fn, **options).remove)
-
+        install = partial(_install, stack)
         if start is not None:
             resid = start.resid
             for block in blocks[: start.layer]:
@@ -356,25 +353,25 @@ def hooked(
                 install(part.register_forward_hook, rule)
         for block in blocks if groups > 1 else ():
             for path in family.qkv[1:]:
-                install(block.get_submodule(path).register_forward_hook, _repeat(d_head, groups))
+                install(block.get_submodule(path).register_forward_hook, partial(_repeat, d_head, groups))
         for hook, visit in visitors.items():
             layer, name = sites.split(hook)
             if layer is None:
                 path = family.embed if name == "hook_embed" else cast(str, family.pos_embed)
-                install(module.get_submodule(path).register_forward_hook, _on_output(visit, None))
+                install(module.get_submodule(path).register_forward_hook, partial(_on_output, visit, None))
             elif name == "attn.hook_result":
                 projection = blocks[layer].get_submodule(family.out_proj)
-                install(projection.register_forward_hook, _on_result(visit, layer, result_of))
+                install(projection.register_forward_hook, partial(_on_result, visit, layer, result_of))
             elif name in family.hooks:
                 path, side = family.hooks[name]
                 submodule = blocks[layer].get_submodule(path)
                 if side in ("in", "stream", "branch"):
-                    install(submodule.register_forward_pre_hook, _on_input(visit, side), with_kwargs=True)
+                    install(submodule.register_forward_pre_hook, partial(_on_input, visit, side), with_kwargs=True)
                 elif side.startswith("fused"):
-                    install(submodule.register_forward_hook, _on_part(visit, d_head, int(side[-1])))
+                    install(submodule.register_forward_hook, partial(_on_part, visit, d_head, int(side[-1])))
                 else:
                     per_head = d_head if name in sites.HEAD_HOOKS else None
-                    install(submodule.register_forward_hook, _on_output(visit, per_head))
+                    install(submodule.register_forward_hook, partial(_on_output, visit, per_head))
         for layer in range(start.layer if start else 0, len(blocks)):
             inside = {sites.block(layer, name): name for name in _attention_names(family)}
             visit_inside = {_tap_name(family, inside[hook]): visitors[hook] for hook in inside if hook in visitors}
@@ -386,6 +383,13 @@ def hooked(
                 attn.workbench_taps = _Taps(visit_inside, names, past, relevance)  # type: ignore[assignment]
         yield
     module.__dict__["workbench_under_way"] = False
+
+
+def _install(
+    stack: ExitStack, register: Callable[..., RemovableHandle], fn: Callable[..., Any], **options: bool
+) -> None:
+    fn.workbench = True  # type: ignore[attr-defined]
+    stack.callback(register(fn, **options).remove)
 
 
 def _sweep(module: nn.Module) -> None:
@@ -465,52 +469,42 @@ def _skip(stack: ExitStack, block: nn.Module) -> None:
     block.forward = forward
 
 
-def _on_input(visit: Visit, side: str) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        before = args[0].view_as(args[0]) if side == "branch" else args[0]
-        after = visit(before)
-        if side == "stream" and after is not before:  # in place, as the block adds to this very tensor later
-            after = before.copy_(after)
-        return (after, *args[1:]), kwargs
-
-    return hook
+# Below are what a pass's hooks do, after the arguments that `partial` gives them: torch's own come last.
 
 
-def _on_part(visit: Visit, d_head: int, part: int) -> Callable[..., Tensor]:
+def _on_input(
+    visit: Visit, side: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    before = args[0].view_as(args[0]) if side == "branch" else args[0]
+    after = visit(before)
+    if side == "stream" and after is not before:  # in place, as the block adds to this very tensor later
+        after = before.copy_(after)
+    return (after, *args[1:]), kwargs
+
+
+def _on_part(visit: Visit, d_head: int, part: int, _: nn.Module, __: Any, out: Tensor) -> Tensor:
     """Queries (0), keys (1) or values (2) of an output that has them side by side for each head."""
-
-    def hook(_: nn.Module, __: Any, out: Tensor) -> Tensor:
-        parts = list(out.unflatten(-1, (-1, 3, d_head)).unbind(-2))
-        parts[part] = visit(parts[part])
-        return torch.stack(parts, -2).flatten(-3)
-
-    return hook
+    parts = list(out.unflatten(-1, (-1, 3, d_head)).unbind(-2))
+    parts[part] = visit(parts[part])
+    return torch.stack(parts, -2).flatten(-3)
 
 
-def _repeat(d_head: int, groups: int) -> Callable[..., Tensor]:
+def _repeat(d_head: int, groups: int, _: nn.Module, __: Any, out: Tensor) -> Tensor:
     """Keys or values, each key-value head repeated for every query head that uses it."""
-
-    def hook(_: nn.Module, __: Any, out: Tensor) -> Tensor:
-        return out.unflatten(-1, (-1, d_head)).repeat_interleave(groups, -2).flatten(-2)
-
-    return hook
+    return out.unflatten(-1, (-1, d_head)).repeat_interleave(groups, -2).flatten(-2)
 
 
-def _on_output(visit: Visit, d_head: int | None) -> Callable[..., Any]:
-    def hook(_: nn.Module, __: Any, out: Any) -> Any:
-        x = out[0] if isinstance(out, tuple) else out
-        x = visit(x.unflatten(-1, (-1, d_head))).flatten(-2) if d_head else visit(x)
-        return (x, *out[1:]) if isinstance(out, tuple) else x
-
-    return hook
+def _on_output(visit: Visit, d_head: int | None, _: nn.Module, __: Any, out: Any) -> Any:
+    x = out[0] if isinstance(out, tuple) else out
+    x = visit(x.unflatten(-1, (-1, d_head))).flatten(-2) if d_head else visit(x)
+    return (x, *out[1:]) if isinstance(out, tuple) else x
 
 
-def _on_result(visit: Visit, layer: int, result_of: Callable[[int, Tensor], Tensor]) -> Callable[..., Tensor]:
+def _on_result(
+    visit: Visit, layer: int, result_of: Callable[[int, Tensor], Tensor],
+    _: nn.Module, args: tuple[Tensor, ...], out: Tensor,
+) -> Tensor:  # fmt: skip
     """What each head adds exists only inside the output projection, so it is computed from the projection's input."""
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        result = result_of(layer, args[0])
-        after = visit(result)
-        return out if after is result else out + (after - result).sum(-2)
-
-    return hook
+    result = result_of(layer, args[0])
+    after = visit(result)
+    return out if after is result else out + (after - result).sum(-2)

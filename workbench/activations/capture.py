@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -101,12 +102,12 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 def run(model: LanguageModel, tokens: Tensor, hooks: Sequence[str], edit: Edits | None) -> Captured:
     """One forward pass."""
+    return Captured(partial(_found, model, tokens, hooks, edit), model.device)
 
-    def found() -> dict[str, Tensor]:
-        run = model.run(tokens, capture=hooks, edit=edit, logits="none")
-        return {hook: run[hook] for hook in hooks}
 
-    return Captured(found, model.device)
+def _found(model: LanguageModel, tokens: Tensor, hooks: Sequence[str], edit: Edits | None) -> dict[str, Tensor]:
+    run = model.run(tokens, capture=hooks, edit=edit, logits="none")
+    return {hook: run[hook] for hook in hooks}
 
 
 def check_numbers(model: LanguageModel, hook: str, x: Tensor) -> None:

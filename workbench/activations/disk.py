@@ -214,13 +214,11 @@ class Disk:
                 self._disown = weakref.finalize(
                     self, _release_owner, self.root / self._owner[0], self._owner[1], os.getpid()
                 )
-            ours = self._owner[0]
+            return self.index.claim(passes, f"{self._owner[0]}/{claimant}", self._alive)
 
-            def alive(owner: str) -> bool:
-                name = owner.split("/")[0]
-                return name == ours or _locked(self.root / name)
-
-            return self.index.claim(passes, f"{ours}/{claimant}", alive)
+    def _alive(self, owner: str) -> bool:
+        name = owner.split("/")[0]
+        return (self._owner is not None and name == self._owner[0]) or _locked(self.root / name)
 
     def release(self, claimant: str, passes: Sequence[bytes] | None = None) -> None:
         """Give back claims: some, or all."""
