@@ -460,13 +460,14 @@ def hook_points(family: Family, n_layers: int) -> tuple[str, ...]:
 
 def _skip(stack: ExitStack, block: nn.Module) -> None:
     """A block that passes its input on: the residual stream it would have made is known already."""
-
-    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
-
-    forward.workbench = True  # type: ignore[attr-defined]
+    forward: Any = partial(_passed_on)
+    forward.workbench = True
     stack.callback(block.__dict__.pop, "forward", None)
     block.forward = forward
+
+
+def _passed_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
 
 
 # Below are what a pass's hooks do, after the arguments that `partial` gives them: torch's own come last.

@@ -53,14 +53,14 @@ def binary_loss(logits: Float[Tensor, "batch vocab"], answers: Ids, wrong: Ids) 
 
 def log_odds(logits: Float[Tensor, "batch vocab"], answers: Ids, wrong: Ids) -> Float[Tensor, " batch"]:
     """log p(answer) - log p(wrong); where one of the two is none, it stands for all that the other is not."""
-
-    def total(row: Tensor, ids: Tensor, others: Tensor) -> Tensor:
-        if len(ids):
-            return row[ids].logsumexp(-1)
-        return row.index_fill(0, others, float("-inf")).logsumexp(-1)
-
     each = zip(logits, _on(logits, answers), _on(logits, wrong), strict=True)
-    return torch.stack([total(row, a, w) - total(row, w, a) for row, a, w in each])
+    return torch.stack([_total(row, a, w) - _total(row, w, a) for row, a, w in each])
+
+
+def _total(row: Tensor, ids: Tensor, others: Tensor) -> Tensor:
+    if len(ids):
+        return row[ids].logsumexp(-1)
+    return row.index_fill(0, others, float("-inf")).logsumexp(-1)
 
 
 def top1(logits: Float[Tensor, "batch vocab"], answers: Ids) -> Float[Tensor, " batch"]:

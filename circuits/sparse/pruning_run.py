@@ -31,7 +31,7 @@ from workbench.registry import analysis
 from workbench.tasks.python_code import TASKS
 
 ROWS = 256  # sequences of the training stream over which means are taken
-JUDGES = 4  # test pairs for each pair that a circuit is found on: a few prompts that fail make most of the loss
+JUDGES, ENOUGH = 4, 512  # test pairs for each train pair, up to that many: a few prompts that fail make most of a loss
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class SparseCircuit:
         return out
 
 
-@analysis("sparse-prune", version=2, n=128, model="sparse-tiny", task="single_double_quote")
+@analysis("sparse-prune", version=2, n=512, model="sparse-tiny", task="single_double_quote")
 def sparse_prune(
     model: LanguageModel,
     batch: Batch,
@@ -71,7 +71,8 @@ def sparse_prune(
 ) -> SparseCircuit:
     """The smallest circuit of channels that does a binary task as well as asked, found on train pairs, judged on test.
 
-    There are four times as many test pairs.
+    On few train pairs too few channels meet the target: with 128, a circuit of the tiny preset has .14 on these and .18
+    on others; with 512, about as much on both. Test pairs are four times as many, up to 512, and never fewer.
 
     target        loss in nats per prompt that the circuit must meet, of the two answers alone; chance is ln 2
     ablation      what channels outside of the circuit carry: their mean over training text or over the task, zero, or
@@ -96,7 +97,12 @@ def sparse_prune(
 def drawn(task: Task, model: LanguageModel, pairs: int, seed: int) -> tuple[Batch, Batch]:
     """Train pairs to find a circuit on, and test pairs to judge it."""
     train, test = (split(task, part) for part in ("train", "test"))
-    return sample(train, model, pairs, seed), sample(test, model, JUDGES * pairs, seed)
+    return sample(train, model, pairs, seed), sample(test, model, judges(pairs), seed)
+
+
+def judges(pairs: int) -> int:
+    """How many test pairs judge a circuit that is found on so many."""
+    return max(pairs, min(JUDGES * pairs, ENOUGH))
 
 
 def _search(settings: int, steps: int) -> tuple[Settings, ...]:
@@ -198,7 +204,7 @@ def sparse_tasks(
     """The smallest circuits of many binary tasks, with how necessary each is, and the geometric mean of their edges.
 
     tasks     names, separated by commas; all: the twenty on Python; solved: those of them that the model solves
-    pairs     of each task to find the circuit on; four times as many others judge it
+    pairs     of each task to find the circuit on; four times as many others judge it, up to 512
     target    loss in nats per prompt that each circuit must meet
     ablation  what channels outside of a circuit carry
     settings  how many settings of mask learning are tried for each task
@@ -224,7 +230,7 @@ def sparse_tasks(
     return TaskCircuits(
         model.name, rows,
         f"edges: nonzero weights between the fewest channels with at most {target:g} nats on {pairs} pairs, ablation "
-        f"{ablation}, best of {len(search)} settings of {steps} steps; losses on {JUDGES * pairs} other pairs",
+        f"{ablation}, best of {len(search)} settings of {steps} steps; losses on {judges(pairs)} other pairs",
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ entries; of equal weights, others may be left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -114,11 +114,7 @@ def _masked(x: Tensor, kept: Tensor) -> Tensor:
     x = x.contiguous()
     bits, found, marks = _rows(x), torch.empty_like(x), _rows(kept)
     made = _rows(found)
-
-    def work(at: slice) -> None:
-        np.bitwise_and(bits[at], marks[at].astype(bits.dtype), out=made[at])
-
-    _each(work, _shares(bits))
+    _each(lambda at: np.bitwise_and(bits[at], marks[at].astype(bits.dtype), out=made[at]), _shares(bits))
     return found
 
 
@@ -178,18 +174,18 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def _each(work: Callable[[Any], None], parts: Iterable[Any]) -> None:
+def _each(work: Callable[[Any], Any], parts: Iterable[Any]) -> None:
     """On as many threads as torch has, this one among them: numpy lets go of the interpreter while it computes."""
     left, helpers = iter(parts), torch.get_num_threads() - 1
-
-    def take() -> None:
-        for part in left:
-            work(part)
-
-    helping = [_pool(helpers).submit(take) for _ in range(helpers)]
-    take()
+    helping = [_pool(helpers).submit(_take, work, left) for _ in range(helpers)]
+    _take(work, left)
     for helper in helping:
         helper.result()
+
+
+def _take(work: Callable[[Any], Any], parts: Iterator[Any]) -> None:
+    for part in parts:
+        work(part)
 
 
 # ---- weights ----
