@@ -112,8 +112,13 @@ _vectors: dict[tuple[str, str], Tensor] = {}
 @cache
 def find(name: str) -> Callable[[Sequence[str]], Any]:
     """An encoder of sentences: e5, labse, or a folder. Raises UserError for another name, and if it cannot be had."""
-    if name == "labse" or name.startswith((".", "/", "~")):
-        return sentence_encoder(LABSE if name == "labse" else str(Path(name).expanduser()))
+    if name == "labse":
+        return sentence_encoder(LABSE)
+    if name.startswith((".", "/", "~")):
+        folder = Path(name).expanduser().resolve()
+        if not folder.is_dir():
+            raise UserError(f"the sentence encoder {name} cannot be had: there is no folder {folder}.")
+        return sentence_encoder(str(folder))
     if name != "e5":
         raise unknown("sentence encoder", name, ["e5", "labse", "./folder"])
     try:
