@@ -203,3 +203,23 @@ def test_what_the_page_says_of_the_twins_is_what_was_measured() -> None:
     assert f"another {dense / rest:.1f} times over the {len(solved)} tasks that all three solve" in page
     fewer = [task for task in solved if other["edges"][task] < models["sparse"]["edges"][task]]
     assert sorted(fewer) == ["for_while", "while_return_true"]
+
+
+def test_the_frontier_on_the_page_is_that_of_the_records() -> None:
+    kept = [
+        json.loads(path.read_text())
+        for path in (Path(__file__).parent / "benchmarks" / "results").glob("frontier-*-*-cpu.json")
+    ]
+    assert {(row["width"], row["density"]) for row in kept} == {
+        (width, 1 / part) for width in (128, 256) for part in (8, 16, 32)
+    }
+    common = set.intersection(*({name for name, edges in row["edges"].items() if edges} for row in kept))
+    assert f"over the {len(common)} tasks of which all six have a circuit with edges" in " ".join(PAGE.split())
+    for row in kept:
+        rate = min(row["losses by rate"], key=row["losses by rate"].get)
+        assert row["losses by rate"][rate] == row["held_out_loss"]
+        edges, nodes = (geometric_mean([row[what][name] for name in common]) for what in ("edges", "nodes"))
+        assert (
+            f"| {row['width']} | 1/{round(1 / row['density'])} | {row['nonzero']:,} | {rate.lstrip('0')} | "
+            f"{row['held_out_loss']:.3f} | {row['tasks_solved']} | {nodes:.0f} | {edges:.0f} |"
+        ) in PAGE
