@@ -105,7 +105,7 @@ def test_translations_are_more_alike_than_others() -> None:
         assert float((own > floor).float().mean()) > 0.95 and float((own - floor).mean()) > 0.05
     same, floor = languages.similarity(["Good morning!", "The cat sleeps."], ["Good morning!", "The cat sleeps."])
     assert torch.allclose(same, torch.ones(2), atol=1e-3) and float(floor.max()) < 0.95
-    for name, message in (("./no-such-encoder", "cannot be had"), ("labs", "did you mean labse|no sentence encoder")):
+    for name, message in (("./no-such-encoder", "there is no folder"), ("labs", "did you mean")):
         with pytest.raises(UserError, match=message):
             languages.embed(["a"], name)
     with pytest.raises(UserError, match="at least 2 of each"):

@@ -15,7 +15,7 @@ from circuits.sparse.channels import Channels
 from circuits.sparse.circuit_figures import places_of, through_the_stream
 from circuits.sparse.masked import Masked, fills
 from circuits.sparse.prune import Pruned, Question, Settings
-from circuits.sparse.pruning_run import Row, SparseCircuit, TaskCircuits
+from circuits.sparse.pruning_run import Row, SparseCircuit, TaskCircuits, judges
 from circuits.sparse.reading import Reading, read
 from tests.conftest import QUICK as SHORT
 from tests.test_sparse_prune import TRUE, A, B, by_hand
@@ -178,3 +178,7 @@ def test_a_validation_that_is_killed_goes_on(sparse_coder: LanguageModel, monkey
     found = runs.run("sparse-prune", **again).result.validation
     assert sorted(calls) == ["backup", "necessity", "nonsense", "random_weights", "subsets"]
     assert found.nonsense == found.backup == validate.Control(False, 0.1, 0.1) and found.subsets.summary()
+
+
+def test_a_circuit_is_judged_on_more_pairs_than_it_is_found_on_and_never_on_fewer() -> None:
+    assert [judges(pairs) for pairs in (2, 128, 200, 512, 1024)] == [8, 512, 512, 512, 1024]

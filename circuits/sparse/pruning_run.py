@@ -204,7 +204,7 @@ def sparse_tasks(
     """The smallest circuits of many binary tasks, with how necessary each is, and the geometric mean of their edges.
 
     tasks     names, separated by commas; all: the twenty on Python; solved: those of them that the model solves
-    pairs     of each task to find the circuit on; four times as many others judge it, up to 512
+    pairs     of each task to find the circuit on; four times as many others judge it, up to 512, and never fewer
     target    loss in nats per prompt that each circuit must meet
     ablation  what channels outside of a circuit carry
     settings  how many settings of mask learning are tried for each task
