@@ -192,6 +192,31 @@ def test_a_bar_whose_block_fails_is_closed(monkeypatch: pytest.MonkeyPatch) -> N
     assert progress._open == []
 
 
+KILLED = """
+import os, signal
+from tqdm import tqdm
+from workbench.progress import track
+
+list(track([1]))  # makes the lock
+told, tell = os.pipe()
+if not (child := os.fork()):
+    with tqdm.get_lock():
+        os.write(tell, b".")
+        signal.pause()
+os.read(told, 1)
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+if not (child := os.fork()):
+    os._exit(len(list(track([1, 2, 3]))))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(list(track([1, 2, 3, 4]))))
+"""
+
+
+def test_a_fork_that_is_killed_in_a_bar_does_not_stop_the_bars_of_others() -> None:
+    ran = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=60)
+    assert ran.stdout.split() == ["3", "4"], ran.stderr[-2000:]
+
+
 # ---- the command line ----
 
 

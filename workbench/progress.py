@@ -7,11 +7,15 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 EVERY = 0.5  # seconds between two reports
+
+# tqdm's own lock is shared by all forks: one that is killed while it holds it would stop the bars of all others.
+os.register_at_fork(after_in_child=lambda: tqdm.set_lock(RLock()))
 
 
 @dataclass(frozen=True)
