@@ -43,7 +43,7 @@ On = Callable[[str], dict[str, Any]]
 QUICK: dict[str, dict[str, Any]] = {
     "sae-codes": {"steps": 5, "trials": 1, "permutations": 5},
     "compare": {"methods": "patching,eap"},
-    "sparse-prune": {"target": 0.7, "settings": 1, "steps": 3, "controls": False},
+    "sparse-prune": {"target": 0.7, "sure": 0.0, "settings": 1, "steps": 3, "controls": False},
     "sparse-tasks": {"target": 0.7, "settings": 1, "steps": 3, "tasks": "with_as,for_while", "pairs": 4},
     "bridge-dose": {"node": "0.mlp.act_in:3", "controls": 2},
     "sparse-bridge": {"tokens": 2048},

@@ -22,6 +22,7 @@ from circuits.sparse.prune import (
     Question,
     Settings,
     attribution,
+    bound,
     calibrated,
     fills,
     learn,
@@ -41,9 +42,9 @@ N = 8
 QUICK = (Settings(k_coef=1e-4, lr=3e-2, steps=60),)
 
 
-def sparse(model: LanguageModel) -> LanguageModel:
+def sparse(model: LanguageModel, **options: Any) -> LanguageModel:
     """A random sparse model that reads with another's tokenizer."""
-    made = random_model(vocab_size=model.config.d_vocab, afrac=0.5, sink=True, block_size=256)
+    made = random_model(**{"vocab_size": model.config.d_vocab, "afrac": 0.5, "sink": True, "block_size": 256} | options)
     return LanguageModel(made, model.tokenizer, name="random-sparse", fingerprint="random-sparse")
 
 
@@ -285,13 +286,14 @@ def test_the_circuit_that_was_put_there_is_found_and_nothing_else(ablation: modu
     masked = Masked(channels, some, fills(channels, some, ablation))
     whole = masked.loss(torch.ones(len(channels)))
     assert whole < 0.1
-    kept, scale, reached = smallest(masked, learn(masked, settings), 0.15)
+    least = smallest(masked, learn(masked, settings), 0.15)
+    kept, scale, reached = least.kept, least.scale, least.loss
     found = {name for name, is_kept in zip(channels.names, kept.tolist(), strict=True) if is_kept}
     assert found == set(TRUE) and reached <= 0.15
     assert masked.loss(kept.float(), scale) == pytest.approx(reached, rel=1e-4)
     without = masked.loss(1 - kept.float())
     assert without > 0.6  # necessary: nothing is left without it
-    by_gradient = smallest(masked, attribution(masked), 0.15)[0]
+    by_gradient = smallest(masked, attribution(masked), 0.15).kept
     assert int(by_gradient.sum()) >= len(TRUE)
 
 
@@ -300,10 +302,10 @@ def test_bisection_stops_where_one_channel_fewer_fails() -> None:
     channels = Channels(model)
     masked = Masked(channels, some, fills(channels, some, "zero"))
     rank = torch.tensor([10.0 - TRUE.index(name) if name in TRUE else -1.0 for name in channels.names])
-    kept, _, _ = smallest(masked, rank, 0.3)
+    kept = smallest(masked, rank, 0.3).kept
     assert int(kept.sum()) == 7  # the last in line is needed too
     either = [masked.loss(x, calibrated(masked.odds(x), some)) for x in (kept.float(), torch.ones(len(rank)))]
-    assert smallest(masked, rank, 1e-9)[2] == pytest.approx(min(either))  # never met: the better of the two
+    assert smallest(masked, rank, 1e-9).loss == pytest.approx(min(either))  # never met: the better of the two
 
 
 def test_channels_that_the_gates_leave_on_are_tried_where_the_whole_model_fails() -> None:
@@ -315,8 +317,36 @@ def test_channels_that_the_gates_leave_on_are_tried_where_the_whole_model_fails(
     masked = Masked(channels, some, fills(channels, some, "zero"))
     rank = torch.tensor([1.0 if name in TRUE else -1.0 for name in channels.names])
     assert masked.loss(torch.ones(len(rank))) > 1
-    kept, _, reached = smallest(masked, rank, 0.15)
-    assert torch.equal(kept, rank > 0) and reached < 0.15
+    found = smallest(masked, rank, 0.15)
+    assert torch.equal(found.kept, rank > 0) and found.loss == found.bound < 0.15
+
+
+def test_a_circuit_can_be_asked_to_meet_its_target_by_standard_errors() -> None:
+    """Of the mean over pairs: the two prompts of one are not two draws."""
+    odds = torch.tensor([3.0, -1.0, 0.5, 2.0, 0.2, -0.3])  # three pairs, clean ones first
+    each = torch.tensor([[3.0, 2.0], [-1.0, 0.2], [0.5, -0.3]]).neg().exp().log1p().mean(1)
+    error = float(((each - each.mean()) ** 2).sum() / 2 / 3) ** 0.5
+    assert float(bound(odds, 2.0)) == pytest.approx(float(each.mean()) + 2 * error, rel=1e-5)
+    assert float(bound(odds, 0.0)) == pytest.approx(float(loss(odds)))
+
+    model, some = by_hand()
+    some.tokens[0, 0] = some.tokens[4, 0] = ASKED  # one pair cannot be told
+    channels = Channels(model)
+    masked = Masked(channels, some, fills(channels, some, "zero"))
+    rank = torch.tensor([1.0 if name in TRUE else -1.0 for name in channels.names])
+    surely = smallest(masked, rank, 0.0, sure=2.0)
+    assert surely.loss < surely.bound
+    target = (surely.loss + surely.bound) / 2
+    plain = smallest(masked, rank, target)
+    assert plain.loss == plain.bound <= target < smallest(masked, rank, target, sure=2.0).bound
+    assert smallest(masked, rank, surely.bound, sure=2.0).bound <= surely.bound
+    question = Question.of(model, some, some, ablation="zero", target=target, sure=2.0)
+    assert question.varied(target=0.3).sure == 2.0
+    with pytest.raises(UserError, match="by 2 standard errors: at best"):
+        question.circuit(QUICK)
+    for wrong, few in ((-1.0, some), (math.inf, some), (1.0, some.part(torch.tensor([0])))):
+        with pytest.raises(UserError, match="give standard errors of 0 or more, and two pairs"):
+            Question.of(model, few, some, ablation="zero", sure=wrong)
 
 
 def test_channels_that_are_held_at_their_fill_are_in_no_circuit() -> None:
@@ -326,7 +356,7 @@ def test_channels_that_are_held_at_their_fill_are_in_no_circuit() -> None:
     without = torch.tensor([name == TRUE[1] for name in channels.names])
     rank = learn(masked, Settings(k_coef=0.0, lr=3e-2, steps=10), without=without)
     assert (rank == -math.inf).tolist() == without.tolist()
-    assert not bool((smallest(masked, rank, 1e-9)[0] & without).any())
+    assert not bool((smallest(masked, rank, 1e-9).kept & without).any())
     question = Question.of(model, some, some, ablation="zero")
     assert question.search(QUICK, without=without).best is None
     with pytest.raises(UserError, match="no settings to prune with"):
@@ -339,7 +369,9 @@ def test_channels_that_are_held_at_their_fill_are_in_no_circuit() -> None:
 
 
 @pytest.mark.parametrize("task", ["with_as", "final_kwarg"])
-def test_frozen_norms_change_nothing_where_nothing_is_masked(task: str, model: LanguageModel) -> None:
+def test_frozen_norms_change_nothing_where_nothing_is_masked(task: str, coder: LanguageModel) -> None:
+    """With all activations: where two are about as large, rounding tells which of them AbsTopK keeps."""
+    model = sparse(coder, afrac=1.0)
     _, some = pairs(model, task)
     channels = Channels(model)
     fill, ones = fills(channels, some, "zero"), torch.ones(len(channels))

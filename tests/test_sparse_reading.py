@@ -127,7 +127,7 @@ def test_the_table_has_the_circuits_that_pruning_finds(sparse_coder: LanguageMod
     assert table.reached
     for task in table.reached:
         row = table.rows[task]
-        alone = runs.run("sparse-prune", model=sparse_coder, task=task, n=4, controls=False, target=0.7,
+        alone = runs.run("sparse-prune", model=sparse_coder, task=task, n=4, controls=False, target=0.7, sure=0.0,
                          settings=1, steps=3).result  # fmt: skip
         circuit = table.circuit(task, sparse_coder)
         assert torch.equal(row.kept, alone.pruned.kept) and row.scale == alone.pruned.scale

@@ -72,7 +72,9 @@ def one_task(model: str, tasks: Run) -> None:
     if isinstance(found, SizedCircuit):
         sized(found, tasks.record["key"]["parameters"].get("target"))
     st.markdown("Would labels that mean nothing, or the same weights in other places, give a circuit too?")
-    again: dict[str, Any] = {"model": model, "task": task, "n": tasks.record["key"]["parameters"]["pairs"]}
+    again: dict[str, Any] = {
+        "model": model, "task": task, "n": tasks.record["key"]["parameters"]["pairs"], "sure": 0.0,  # as in the table
+    }  # fmt: skip
     checked = runs.find("sparse-prune", **again)
     if checked is None:
         widgets.start(["run", "sparse-prune", *(f"--{k}={v}" for k, v in again.items())], "Prune it with all controls")

@@ -169,6 +169,12 @@ def loss(odds: Float[Tensor, " prompt"]) -> Float[Tensor, ""]:
     return F.softplus(-odds).mean()
 
 
+def bound(odds: Float[Tensor, " prompt"], sure: float) -> Float[Tensor, ""]:
+    """The loss, and so many of its standard errors more. A pair's two prompts, all clean ones first, count as one."""
+    each = F.softplus(-odds).view(2, -1).mean(0)
+    return loss(odds) + sure * each.std() / len(each) ** 0.5 if sure else loss(odds)
+
+
 def accuracy(odds: Float[Tensor, " prompt"]) -> float:
     """The share of prompts whose right answer is likelier than the wrong one; where both are as likely, one half."""
     return float((odds.sign().double().mean() + 1) / 2)

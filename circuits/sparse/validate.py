@@ -52,7 +52,7 @@ class Control:
     """What the same pruning finds where the circuit cannot be.
 
     reached    whether any setting met the target on the pairs it was pruned on
-    loss       the least there, of circuits that are made as small as the target allows
+    loss       the least there, of circuits that are made as small as the target allows, with its standard errors
     whole      loss of the whole model on the other pairs
     kept       the smallest circuit, how many nodes and edges it has, and its loss on the other pairs; None where no
                setting met the target
@@ -211,7 +211,7 @@ def validate(
 ) -> Validation:
     """Everything that is reported with a circuit that `prune` found on these pairs.
 
-    stream     as given to `prune`; target, ablation and frozen norms are the circuit's
+    stream     as given to `prune`; target, its certainty, ablation and frozen norms are the circuit's
     search     settings that the controls are pruned with: those that the circuit was chosen from
     adversary  settings that the worst subset is searched with
     seed       of gates, labels, places of weights and subsets
@@ -222,7 +222,7 @@ def validate(
 
     Raises UserError if the circuit was not found by `prune`, or with another model, other pairs or another stream.
     """
-    words = {name: found.headline.get(name) for name in ("target", "ablation", "freeze_norms")}
+    words = {name: found.headline.get(name) for name in ("target", "ablation", "freeze_norms", "sure")}
     if None in words.values():
         raise UserError("the circuit does not say how it was found; give what prune returned.")
     question = ask(model, train, test, stream, **words)  # type: ignore[arg-type]
