@@ -228,11 +228,25 @@ def sparsify(module: SparseTransformer, share: float = 0.1) -> SparseTransformer
     return module
 
 
+class Rough(LanguageModel):
+    """Whose own forward rounds more coarsely, as on another machine, while numbers are in single precision."""
+
+    def _plain(self, tokens: Tensor) -> Tensor:
+        weight = self._module.transformer.wte.weight
+        kept = weight.clone()
+        if weight.dtype == torch.float32:
+            weight.mul_(1 + 1e-5 * torch.randn(weight.shape, generator=rng()))
+        try:
+            return super()._plain(tokens)
+        finally:
+            weight.copy_(kept)
+
+
 def one_that_rounding_decides(tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
-    """A model of which two ways to attend, equal in exact arithmetic, keep different activations of the same text."""
-    for seed in range(400):
+    """A model of which two ways to compute, nearly equal, keep different activations of the same text."""
+    for seed in range(200):
         module = random_model(seed, vocab_size=len(tokenizer), n_layer=3, d_model=64, afrac=0.25)
-        model = LanguageModel(module, tokenizer, name="sparse", fingerprint=f"s{seed}")
+        model = Rough(module, tokenizer, name="sparse", fingerprint=f"s{seed}")
         text = torch.randint(model.config.d_vocab, (2, 32), generator=rng())
         logits = model.run(text).logits
         assert logits is not None
