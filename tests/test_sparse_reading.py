@@ -150,8 +150,9 @@ def test_a_validation_that_is_killed_goes_on(sparse_coder: LanguageModel, monkey
         pass
 
     quick = {name: value for name, value in SHORT["sparse-prune"].items() if name != "controls"}
-    again: dict[str, Any] = {"model": sparse_coder, "task": "with_as", "n": 2, **quick}
+    again: dict[str, Any] = {"model": sparse_coder, "task": "with_as", "n": 2, **quick, "sure": 0.5}
     calls: list[str] = []
+    asked: set[float] = set()
     few = {
         "necessity": partial(validate.necessity, draws=1, seed=0),
         "subsets": partial(validate.subsets, draws=1, settings=Settings(k_coef=1e-4, lr=3e-2, steps=2)),
@@ -161,7 +162,9 @@ def test_a_validation_that_is_killed_goes_on(sparse_coder: LanguageModel, monkey
         return lambda *given, **_: (calls.append(name), few[name](*given))[1]
 
     def control(name: str) -> Callable[..., validate.Control]:
-        return lambda *_: (calls.append(name), validate.Control(False, 0.1, 0.1))[1]
+        return lambda question, *_: (
+            calls.append(name), asked.add(question.sure), validate.Control(False, 0.1, 0.1),
+        )[2]  # fmt: skip
 
     def killed(*_: Any) -> Any:
         raise Killed
@@ -177,6 +180,7 @@ def test_a_validation_that_is_killed_goes_on(sparse_coder: LanguageModel, monkey
     monkeypatch.setattr(validate, "stability", lambda *_: validate.Stability((0,), (0,), (1,), (1,), None, None))
     found = runs.run("sparse-prune", **again).result.validation
     assert sorted(calls) == ["backup", "necessity", "nonsense", "random_weights", "subsets"]
+    assert asked == {0.5}  # the controls are asked what the circuit was
     assert found.nonsense == found.backup == validate.Control(False, 0.1, 0.1) and found.subsets.summary()
 
 

@@ -8,7 +8,7 @@ largest tau with which the loss meets a target, found by bisection, after scale 
 answers' logits were fitted (what is left of a model is often sure of the right thing by too much or too little).
 
 The smallest one that meets a target on some pairs is one that these pairs are kind to, and a few prompts that fail make
-most of a loss: on others it is above the target as often as not. It can be asked to meet the target by some standard
+most of a loss: on others it is often above the target. It can be asked to meet the target by some standard
 errors (`sure`; the paper does not, nor do tables over many tasks).
 
 Mean ablation is the weakest test that a circuit can pass; `circuits.sparse.validate` has others.

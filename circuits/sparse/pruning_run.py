@@ -72,8 +72,8 @@ def sparse_prune(
 ) -> SparseCircuit:
     """The smallest circuit of channels that does a binary task as well as asked, found on train pairs, judged on test.
 
-    On few train pairs too few channels meet the target, and the fewest that just meet it on these miss it on others as
-    often as not: so by default the loss must be three of its standard errors below it. Test pairs are four times as
+    On few train pairs too few channels meet the target, and the fewest that just meet it on these often miss it on
+    others: so by default the loss must be three of its standard errors below it. Test pairs are four times as
     many, up to 512, and never fewer.
 
     target        loss in nats per prompt that the circuit must meet, of the two answers alone; chance is ln 2
