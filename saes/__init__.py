@@ -10,6 +10,7 @@ from saes import pretrained as pretrained
 from saes import training_run as training_run
 from saes import try_on as try_on
 from saes.steering import heads as heads
+from saes.steering import hybrid as hybrid
 from saes.steering import language_steering as language_steering
 from saes.steering import layers as layers
 from saes.steering import play as play

@@ -139,6 +139,14 @@ def _spoken_of(record: dict[str, Any]) -> Iterator[tuple[str, str, int, str]]:
         recipe = told["recipe"]
         how = f"steers to {recipe['target']}: {recipe['kind']}, strength {recipe['strength']:.3g}"
         yield recipe["sae"], recipe["hook"], recipe["latent"], how
+    elif name == "language-hybrid":
+        recipe = told["recipe"]
+        yield (
+            recipe["sae"],
+            recipe["hook"],
+            recipe["latent"],
+            f"holds {recipe['target']} after the prompt is turned to it",
+        )
     elif name == "language-heads":
         yield given["sae"], told["hook"], told["latent"], f"whose heads write and carry it, for {given['target']}"
     elif name == "language-latents":

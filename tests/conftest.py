@@ -225,6 +225,9 @@ def on(tiny: LanguageModel, sparse_coder: LanguageModel, bridged_coder: Language
         if name in ("judge", "judge-sizes"):
             found = runs.run("eap", model=tiny, task="ioi", n=6)
             more[name] = {"found": found.id, "seed": 1} | ({"size": 20, "subsets": 2} if name == "judge" else {})
+        if name == "language-hybrid":
+            searched = runs.run("language-steering", model=tiny, sae=str(tiny_sae), **QUICK["language-steering"])
+            more[name] = {"found": searched.id}
         if name == "sparse-circuit":
             more[name] = {"found": runs.run("sparse-tasks", model=sparse_coder, **QUICK["sparse-tasks"]).id}
         more = more.get(name, {})

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 
+from saes.steering.evaluate import Verdict
 from saes.steering.heads import LanguageHeads
+from saes.steering.hybrid import NAME, LanguageHybrid
 from saes.steering.language_steering import LanguageSteering
 from saes.steering.languages import LANGUAGES
 from saes.steering.layers import LanguageLayers
@@ -75,7 +78,7 @@ def steering_figure(result: LanguageSteering) -> go.Figure:
         row_heights=[34 * lines, 260],
         subplot_titles=["test prompts", "validation prompts", "best of each layer, validation", "without the latent"],
     )  # fmt: skip
-    _shares(fig, result)
+    _shares(fig, result.table)
     _tried(fig, result)
     _layers(fig, result)
     _effects(fig, result)
@@ -84,11 +87,11 @@ def steering_figure(result: LanguageSteering) -> go.Figure:
     return canvas.finish(fig, height, top=70)
 
 
-def _shares(fig: go.Figure, result: LanguageSteering) -> None:
-    names = sorted(result.table, key=lambda name: (result.table[name].strict or 0, result.table[name].plain))
+def _shares(fig: go.Figure, table: Mapping[str, Verdict]) -> None:
+    names = sorted(table, key=lambda name: (table[name].strict or 0, table[name].plain))
     for key, colour in (("plain", canvas.NEGATIVE), ("strict", canvas.POSITIVE)):
-        values = [getattr(result.table[name], key) or 0.0 for name in names]
-        bounds = [getattr(result.table[name], f"{key}_interval") or (0.0, 0.0) for name in names]
+        values = [getattr(table[name], key) or 0.0 for name in names]
+        bounds = [getattr(table[name], f"{key}_interval") or (0.0, 0.0) for name in names]
         fig.add_trace(
             go.Bar(
                 x=values, y=[escape(name) for name in names], orientation="h", name=f"{key} success",
@@ -165,7 +168,57 @@ def _(result: LanguageSteering) -> str:
 @tables.register
 def steering_tables(result: LanguageSteering) -> list[Table]:
     """Verdicts by method, best first, and what some of them wrote on the same prompts."""
-    ranked = sorted(result.table.items(), key=lambda item: -(item[1].strict or 0.0))
+    return _tables(result.table, result.examples, ("none", "latent", "DiffMean", "prompting"))
+
+
+@figure.register
+def hybrid_figure(result: LanguageHybrid) -> go.Figure:
+    """Shares of test texts by method, with 95 % intervals, and what was tried on validation prompts: strict success
+    over how strongly the latent holds, a line for each push on the prompt; dotted: held less from token to token."""
+    height = 140 + 34 * len(result.table)
+    fig = make_subplots(
+        rows=1, cols=2, column_widths=[0.5, 0.5], horizontal_spacing=0.16,
+        subplot_titles=["test prompts", "validation prompts"],
+    )  # fmt: skip
+    _shares(fig, result.table)
+    turns = list(dict.fromkeys(way.turn for way in result.tried))
+    for turn, decay in dict.fromkeys((way.turn, way.decay) for way in result.tried):
+        some = [way for way in result.tried if (way.turn, way.decay) == (turn, decay)]
+        fig.add_trace(
+            go.Scatter(
+                x=[way.hold for way in some], y=[way.verdict.strict for way in some], mode="lines+markers",
+                name=f"turned × {turn:g}", legendgroup=f"turn {turn:g}", showlegend=decay == some[0].decay == 1,
+                marker={"size": 7, "symbol": SYMBOLS[turns.index(turn) % len(SYMBOLS)]},
+                line={
+                    "color": SHADES[turns.index(turn) % len(SHADES)].format(0.9), "width": 2,
+                    "dash": None if decay == 1 else "dot",
+                },
+                hovertemplate=f"turned × {turn:g}, held × %{{x}}, decay {decay:g}: %{{y:.2f}}<extra></extra>",
+            ), row=1, col=2,
+        )  # fmt: skip
+    fig.update_xaxes(title_text="held × the recipe's strength", row=1, col=2)
+    fig.update_yaxes(title_text="strict success", range=[-0.03, 1.03], row=1, col=2)
+    fig.update_xaxes(title_standoff=6)
+    fig.update_layout(legend={"orientation": "h", "y": 1 + 26 / height, "yanchor": "bottom", "x": 0})
+    return canvas.finish(fig, height, top=70)
+
+
+@definition.register
+def _(result: LanguageHybrid) -> str:
+    return result.definition
+
+
+@tables.register
+def hybrid_tables(result: LanguageHybrid) -> list[Table]:
+    """Verdicts by method, best first, and what the three wrote on the same prompts."""
+    return _tables(result.table, result.examples, (NAME, "latent", "DiffMean"))
+
+
+def _tables(
+    table: Mapping[str, Verdict], examples: Mapping[str, tuple[tuple[str, str], ...]], methods: Sequence[str]
+) -> list[Table]:
+    """methods: whose texts are shown."""
+    ranked = sorted(table.items(), key=lambda item: -(item[1].strict or 0.0))
     columns: dict[str, list[str]] = {"method": [name for name, _ in ranked]}
     for key, title in (
         ("plain", "plain success"), ("strict", "strict success"), ("fidelity", "fidelity"), ("score", "score"),
@@ -176,9 +229,8 @@ def steering_tables(result: LanguageSteering) -> list[Table]:
             _number(getattr(one, key)) + (f" ({low:.2f} to {high:.2f})" if (low, high) != (0, 0) else "")
             for (_, one), (low, high) in zip(ranked, (bound or (0, 0) for bound in bounds), strict=True)
         ]
-    shown = [name for name in ("none", "latent", "DiffMean", "prompting") if name in result.examples]
-    texts = {name: [text for _, text in result.examples[name]] for name in shown}
-    prompts = [prompt for prompt, _ in next(iter(result.examples.values()), ())]
+    texts = {name: [text for _, text in examples[name]] for name in methods if name in examples}
+    prompts = [prompt for prompt, _ in next(iter(examples.values()), ())]
     named = {"none": "unsteered"}
     return [
         Table("Test prompts", columns),

@@ -36,11 +36,12 @@ from saes.steering.search import LanguageStats, best, prepare, scores, statistic
 from saes.steering.side_effects import Bits, side_effects
 from saes.steering.steer import Plan, Steering
 from saes.steering.sweep import LENGTHS, Cell, Cells, Sweep, Writing, rank
-from workbench import parts
+from workbench import parts, runs
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.registry import analysis
+from workbench.runs import Run
 
 LOOK = (1.0, 2.0)  # at these, which latents of many; they point less straight there than the mean difference does
 RANKINGS = ("difference", "monolinguality", "langfir")
@@ -223,6 +224,13 @@ def _bases(model: LanguageModel, store: ActivationStore, sae: str) -> dict[str, 
             raise UserError(f"{sae} at {hook} is a transcoder, which does not write where it reads; give an SAE.")
         fit(model, store, one)
     return found
+
+
+def searched(recipe: Recipe, run: Run) -> SAE:
+    """That of a run's recipe. Raises UserError where its name stands for another by now than the searched one."""
+    if run.record["key"].get("contents", {}).get(recipe.sae) != runs.content(recipe.sae):
+        raise UserError(f"{recipe.sae} is another SAE here than the one that run {run.id} searched; search this one.")
+    return load(recipe.sae)[recipe.hook]
 
 
 # ---- choosing ----

@@ -12,9 +12,7 @@ import textwrap
 from pathlib import Path
 from string import Template
 
-from saes.pretrained import load
-from saes.steering.language_steering import LanguageSteering
-from workbench import runs
+from saes.steering.language_steering import LanguageSteering, searched
 from workbench.errors import UserError
 from workbench.runs import Run
 from workbench.standalone import program
@@ -27,15 +25,13 @@ def _(result: LanguageSteering, run: Run) -> str:
     """Raises UserError for a recipe that does not add one vector to what a block writes, and where its SAE is another
     by now than the one it was found in."""
     recipe = result.recipe
-    if run.record["key"].get("contents", {}).get(recipe.sae) != runs.content(recipe.sae):
-        raise UserError(f"{recipe.sae} is another SAE here than the one that run {run.id} searched; search this one.")
     block = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", recipe.hook)
     if block is None or (recipe.kind, recipe.scope) != ("add", "all"):
         raise UserError(
             f"a recipe that steers by {recipe.kind} at {recipe.hook}, scope {recipe.scope}, is no file of its own; one "
             "that adds at all positions of what a block writes is."
         )
-    vector = recipe.strength * recipe.unit * load(recipe.sae)[recipe.hook].direction(recipe.latent).float().cpu()
+    vector = recipe.strength * recipe.unit * searched(recipe, run).direction(recipe.latent).float().cpu()
     found = result.table["latent"]
     measured = (("plain", found.plain, found.plain_interval), ("strict", found.strict, found.strict_interval))
     shares = [
