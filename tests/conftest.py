@@ -48,7 +48,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "bridge-dose": {"node": "0.mlp.act_in:3", "controls": 2},
     "sparse-bridge": {"tokens": 2048},
     "language-heads": {"n_prompts": 2},
-    "language-steering": {"top": 1, "written": 2, "steps": 4, "n_validation": 3, "n_test": 3},
+    "language-steering": {"top": 1, "written": 2, "steps": 4, "n_validation": 3, "n_test": 3, "n_effects": 2},
     "language-layers": {"strengths": "1", "steps": 4, "n_validation": 2, "n_test": 2},
     "steer": {"latent": 7, "unit": 1.0, "steps": 4},
     "latents": {"text": "parallel", "tokens": 2000, "length": 16, "examples": 3},
@@ -61,6 +61,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "modular-addition": {"modulus": 23, "embedding": 12, "neurons": 32, "steps": 30, "controls": 3},
     "sparse-train": {"tokens": 4096, "width": 32, "layers": 1, "density": 0.5},
 }  # fmt: skip
+
+LANGUAGES = ("language-latents", "language-steering", "language-heads", "language-layers")
 
 torch.set_num_threads(1)  # several workers share the machine
 
@@ -208,8 +210,18 @@ def tiny_sae(tiny: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+@pytest.fixture(scope="session")
+def few_sentences(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Some of our parallel sentences, as a file of one's own."""
+    path = tmp_path_factory.mktemp("parallel") / "rows.jsonl"
+    path.write_text("\n".join(texts.PARALLEL.read_text(encoding="utf-8").splitlines()[:30]), encoding="utf-8")
+    return str(path)
+
+
 @pytest.fixture
-def on(tiny: LanguageModel, sparse_coder: LanguageModel, bridged_coder: LanguageModel, tiny_sae: Path) -> On:
+def on(
+    tiny: LanguageModel, sparse_coder: LanguageModel, bridged_coder: LanguageModel, tiny_sae: Path, few_sentences: str
+) -> On:
     """on("patching"): what to run an analysis on, and its parameters, so that it takes no time."""
 
     def chosen(name: str) -> dict[str, Any]:
@@ -222,12 +234,14 @@ def on(tiny: LanguageModel, sparse_coder: LanguageModel, bridged_coder: Language
         more = {"sparse-bridge": {"dense": bridged_coder.name}, "latents": {"sae": str(tiny_sae)}}
         of_sae = ("language-latents", "language-steering", "language-heads", "try-on", "steer")
         more |= dict.fromkeys(of_sae, more["latents"])
+        languages = {name: {"text": few_sentences} for name in LANGUAGES}
+        more |= {name: more.get(name, {}) | some for name, some in languages.items()}
         if name in ("judge", "judge-sizes"):
             found = runs.run("eap", model=tiny, task="ioi", n=6)
             more[name] = {"found": found.id, "seed": 1} | ({"size": 20, "subsets": 2} if name == "judge" else {})
         if name == "language-hybrid":
-            searched = runs.run("language-steering", model=tiny, sae=str(tiny_sae), **QUICK["language-steering"])
-            more[name] = {"found": searched.id}
+            few = more["language-steering"] | QUICK["language-steering"]
+            more[name] = {"found": runs.run("language-steering", model=tiny, **few).id}
         if name == "sparse-circuit":
             more[name] = {"found": runs.run("sparse-tasks", model=sparse_coder, **QUICK["sparse-tasks"]).id}
         more = more.get(name, {})

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
 from sae_lens import SAE as LensSAE
 
 from saes.pretrained import DATA, fit, load, shipped
+from saes.steering.hybrid import NAME
+from saes.steering.languages import LANGUAGES
 from workbench import places, pretrained, runs, settings
 from workbench.activations import ActivationStore
 from workbench.models import LanguageModel
@@ -119,3 +122,76 @@ def test_what_the_page_says_of_the_searches_is_what_was_measured() -> None:
         assert name == "none" or f"| {name} | {row} |" in page, name
         assert name != "PCA" or all(abs(one[key] - kept["mean"]["DiffMean"][key]) < 0.03 for key in ("plain", "strict"))
     assert kept["mean"]["latent"]["languages"] == len(kept["targets"]) == len(SEARCHES)
+
+
+# ---- hybrids, layers, heads ----
+
+
+def shipped_runs(analysis: str) -> list[runs.Run]:
+    found = [runs.get_run(path.name) for path in sorted((DATA / "runs").glob(f"{analysis}-*"))]
+    assert found and all(run.result.summary() == run.summary for run in found)
+    return found
+
+
+def whole_page() -> str:
+    return " ".join((Path(__file__).parents[1] / "docs" / "steering.md").read_text().split())
+
+
+def gain(table: dict[str, dict[str, float]]) -> float:
+    return table[NAME]["strict"] - table["latent"]["strict"]
+
+
+def test_what_the_page_says_of_hybrids_is_what_was_measured() -> None:
+    page, found = whole_page(), shipped_runs("language-hybrid")
+    assert sorted(run.summary["search"] for run in found) == SEARCHES
+    for run in found:
+        search = runs.get_run(run.summary["search"])
+        assert run.summary["recipe"] == search.summary["recipe"]
+        columns = [
+            f"{run.summary['table'][name][key]:.2f}"
+            for name in (NAME, "latent", "DiffMean")
+            for key in ("plain", "strict", "score")
+        ]
+        assert f"| {LANGUAGES[run.summary['recipe']['target']]} | {' | '.join(columns)} |" in page
+        for name in ("latent", "DiffMean"):  # the same texts, but for rounding on another processor
+            for key in ("plain", "strict", "score"):
+                assert run.summary["table"][name][key] == pytest.approx(search.summary["table"][name][key], abs=0.06)
+    mean = {}
+    for name in found[0].summary["table"]:
+        mean[name] = [fmean(run.summary["table"][name][key] for run in found) for key in ("plain", "strict", "score")]
+        assert f"| {name} | {' | '.join(f'{x:.3f}' for x in mean[name])} |" in page
+    more = [x - y for x, y in zip(mean[NAME], mean["latent"], strict=True)]
+    behind = [x - y for x, y in zip(mean["DiffMean"], mean[NAME], strict=True)]
+    assert [f"{x:.2f}" for x in more[:2]] == ["0.08", "0.06"] and behind[2] > 0.05
+    assert [f"{x:.3f}" for x in behind[:2]] == ["0.024", "0.015"]
+    gains = {run.summary["recipe"]["target"]: gain(run.summary["table"]) for run in found}
+    assert gains["ru"] + gains["es"] > sum(gains.values())
+    for name in ("then nothing", "then random direction"):
+        assert all(x < y / 2 for x, y in zip(mean[name][:2], mean[NAME][:2], strict=True)), name
+
+
+def test_what_the_page_says_of_layers_is_what_was_measured() -> None:
+    page, (run,) = whole_page(), shipped_runs("language-layers")
+    curve, random = run.summary["plain_strict_score"], run.summary["random_direction"]
+    for i, key in enumerate(("plain", "strict", "score")):
+        assert f"| {key} | {' | '.join(f'{one[i]:.2f}' for one in curve.values())} |" in page
+        assert max(one[i] for one in curve.values()) == curve["blocks.0.hook_resid_post"][i]
+    strict = [one[1] for one in curve.values()]
+    early, middle, late = (f".{100 * fmean(part):.0f}" for part in (strict[:11], strict[11:15], strict[15:]))
+    assert f"strict success is {early} on average up to layer 10, {middle} up to 14 and {late} after that" in page
+    assert sorted(one[1] for one in random.values())[-2:] == [0.0, 0.02]
+    assert random["blocks.16.hook_resid_post"][0] == 0.58
+
+
+def test_what_the_page_says_of_heads_is_what_was_measured() -> None:
+    page, (run,) = whole_page(), shipped_runs("language-heads")
+    result, told = run.result, run.summary
+    for (writer, contrast, beaten), (reader, carried) in zip(told["writers"], told["readers"], strict=True):
+        share = f"{beaten:.0%}".replace("%", " %")
+        assert f"| {writer} | {contrast:.0f} | {share} | {reader} | {carried:.3f} |" in page
+    parts = result.writers.sum() + result.mlps.sum() + sum(result.rest.values())
+    assert float(parts) == pytest.approx(result.whole, rel=1e-5) and f"{result.whole:.0f} larger" in page
+    assert result.hook == "blocks.13.hook_resid_post" and f"{float(result.mlps[12:].sum()):.0f}" == "513"
+    assert abs(float(result.writers.sum() - result.writers[13, 0])) < 10  # the other heads nearly cancel
+    assert float(result.beaten[13, 0]) * 50 == pytest.approx(1)
+    assert [f"{x:.3f}" for x in result.steered] == ["0.071", "0.002"]
