@@ -25,6 +25,7 @@ from workbench.registry import analysis
 from workbench.runs import Run
 from workbench.scores import NodeScores
 
+SCORED = "that scored nodes or edges, or found a circuit"
 STEPS = (1, 2, 5)
 
 
@@ -38,7 +39,7 @@ def judge_sizes(
     found     id of the run
     ablation  of everything outside a circuit
     """
-    run = _run(found, model)
+    run = runs.named(found, model, SCORED)
     scores = scores_of(run)
     if scores is None:
         raise UserError(f"{found} found one circuit and no scores, so there are no sizes to choose from; use judge.")
@@ -63,7 +64,7 @@ def judge(
     subsets   random parts of the circuit that are taken away from it and from the model
     random    random circuits of the same make-up
     """
-    run = _run(found, model)
+    run = runs.named(found, model, SCORED)
     circuit = circuit_of(run, size, Graph.of(model.config))
     if not of_heads(circuit):
         raise UserError(f"{found} found a circuit of latents, which runs with all of the model; try patch-nodes.")
@@ -182,14 +183,3 @@ def _apart(run: Run, batch: Batch, seed: int) -> str:
     return (
         "judged on prompts that it was found on" if same else "judged on prompts of another seed than it was found on"
     )
-
-
-def _run(found: str, model: LanguageModel) -> Run:
-    if not found:
-        raise UserError("no run is named; give the id of one that scored nodes or edges, or found a circuit.")
-    run = runs.get_run(found)
-    if run.record["key"].get("model") != model.fingerprint:
-        raise UserError(
-            f"{found} is of {run.record['model_name']} with other weights than {model.name}; judge it there."
-        )
-    return run

@@ -141,12 +141,7 @@ def _spoken_of(record: dict[str, Any]) -> Iterator[tuple[str, str, int, str]]:
         yield recipe["sae"], recipe["hook"], recipe["latent"], how
     elif name == "language-hybrid":
         recipe = told["recipe"]
-        yield (
-            recipe["sae"],
-            recipe["hook"],
-            recipe["latent"],
-            f"holds {recipe['target']} after the prompt is turned to it",
-        )
+        yield recipe["sae"], recipe["hook"], recipe["latent"], f"holds {recipe['target']} once the prompt is turned"
     elif name == "language-heads":
         yield given["sae"], told["hook"], told["latent"], f"whose heads write and carry it, for {given['target']}"
     elif name == "language-latents":

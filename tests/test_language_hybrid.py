@@ -73,8 +73,20 @@ def test_only_a_search_of_the_same_model_will_do(
         language_hybrid(tiny, store, 0)
     with pytest.raises(UserError, match=f"{other.id} is of eap; give the id of a run of language-steering"):
         language_hybrid(tiny, store, 0, found=other.id)
-    with pytest.raises(UserError, match="with other weights than smollm2-135m; steer it there"):
+    with pytest.raises(UserError, match="with other weights than smollm2-135m; go on with it there"):
         language_hybrid(smollm, store, 0, found=search.id)
+
+
+def test_a_search_whose_text_was_changed_will_not_do(
+    tiny: LanguageModel, tiny_sae: Path, store: ActivationStore, few_sentences: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(Path(few_sentences).read_text())
+    search = runs.run("language-steering", model=tiny, sae=str(tiny_sae), text=str(path), **SMALL)
+    assert language_hybrid(tiny, store, 0, found=search.id).search == search.id
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+    with pytest.raises(UserError, match=r"is not what it was when run language-steering-.* search again"):
+        language_hybrid(tiny, store, 0, found=search.id)
 
 
 def of(plain: float, strict: float) -> Verdict:

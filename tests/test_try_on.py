@@ -214,3 +214,6 @@ def test_a_recipe_names_its_latent(trained: Run) -> None:
     run = Run("one", trained.folder, {"key": key, "summary": {"recipe": recipe}}, True, 0.0, 0)
     (found,) = whereabouts.uses([run])
     assert (found.latent, found.how) == (5, "steers to fr: add, strength 1.5")
+    hybrid = {"key": key | {"analysis": "language-hybrid"}, "summary": {"recipe": recipe}}
+    (found,) = whereabouts.uses([Run("two", trained.folder, hybrid, True, 0.0, 0)])
+    assert (found.latent, found.how) == (5, "holds fr once the prompt is turned")

@@ -327,6 +327,27 @@ def get_run(id: str) -> Run:
     return Run(id, folder, _read(folder), True, 0.0, 0)
 
 
+def named(id: str, model: LanguageModel, what: str, analysis: str = "") -> Run:
+    """The run that another is about.
+
+    what      which runs will do, for whoever named none
+    analysis  the only one that will do, if there is only one
+
+    Raises UserError if none is named, and for a run of another analysis or of other weights.
+    """
+    if not id:
+        raise UserError(f"no run is named; give the id of one {what}.")
+    run = get_run(id)
+    key = run.record["key"]
+    if analysis and key["analysis"] != analysis:
+        raise UserError(f"{id} is of {key['analysis']}; give the id of a run of {analysis}.")
+    if key.get("model") != model.fingerprint:
+        raise UserError(
+            f"{id} is of {run.record['model_name']} with other weights than {model.name}; go on with it there."
+        )
+    return run
+
+
 def command(key: Mapping[str, Any], model: LanguageModel | None, dtype: str, device: str) -> str:
     """The command line that reproduces a run; parameters at their defaults are left out."""
     defaults = registry.get_analysis(key["analysis"]).parameters

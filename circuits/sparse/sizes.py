@@ -19,7 +19,7 @@ from circuits.judging import ladder
 from circuits.sparse.channels import Channels
 from circuits.sparse.masked import calibrated
 from circuits.sparse.prune import ask, circuit_of
-from circuits.sparse.pruning_run import TaskCircuits, drawn, stream_of
+from circuits.sparse.pruning_run import drawn, stream_of
 from circuits.sparse.reading import Reading, read
 from workbench import runs
 from workbench.activations import ActivationStore
@@ -98,7 +98,8 @@ def sparse_circuit(
 
     found  id of the run; with its seed and as many pairs as it had, what is judged on is what it was judged on
     """
-    parameters, result = _tasks(found, model)
+    run = runs.named(found, model, "of sparse-tasks", "sparse-tasks")
+    parameters, result = run.record["key"]["parameters"], run.result
     task = batch.task.name
     row = result.rows.get(task)
     if row is None or row.kept is None or row.scale is None:
@@ -124,17 +125,3 @@ def sparse_circuit(
         f"ablation {parameters['ablation']}; the circuit: {result.definition}",
     )  # fmt: skip
     return replace(sized, edges=torch.tensor([len(sized.at(size).circuit) for size in sizes]))
-
-
-def _tasks(found: str, model: LanguageModel) -> tuple[dict[str, Any], TaskCircuits]:
-    if not found:
-        raise UserError("no run is named; give the id of one of sparse-tasks.")
-    run = runs.get_run(found)
-    key = run.record["key"]
-    if key["analysis"] != "sparse-tasks":
-        raise UserError(f"{found} is of {key['analysis']}; give the id of a run of sparse-tasks.")
-    if key.get("model") != model.fingerprint:
-        raise UserError(
-            f"{found} is of {run.record['model_name']} with other weights than {model.name}; read it there."
-        )
-    return key["parameters"], run.result

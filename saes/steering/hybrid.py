@@ -7,7 +7,8 @@ of `language-steering`: latent, layers, prompts, chance and what counts as succe
 how strong the latent and how fast it decays is chosen on its validation prompts, and told on its test prompts, beside
 what the two do by themselves, and beside the same push on the prompt before
 
-    then DiffMean          the difference of means itself, as many times its chosen strength, with the same decay
+    then DiffMean          the difference of means itself, as many times its chosen strength, with the same decay: the
+                           way is the one that was chosen for the latent
     then random direction  as long as what the latent adds
     then nothing
 """
@@ -31,7 +32,6 @@ from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.registry import analysis
-from workbench.runs import Run
 
 TURNS = (1.0, 1.5, 2.0)  # of the prompt, in lengths of the mean difference
 HOLDS = (0.75, 1.0, 1.5)  # of new tokens, times the strength of the search's recipe
@@ -91,8 +91,11 @@ def language_hybrid(model: LanguageModel, store: ActivationStore, seed: int, *, 
     found  run of language-steering: its latent, prompts, number of new tokens and everything else. With its seed the
            latent and the difference of means alone do what they did there, but for rounding on another processor
     """
-    run = _search(found, model)
-    known, search = run.record["key"]["parameters"], run.result
+    run = runs.named(found, model, "of language-steering", "language-steering")
+    key, search = run.record["key"], run.result
+    known = key["parameters"]
+    if key.get("contents", {}).get(known["text"]) != runs.content(known["text"]):
+        raise UserError(f"{known['text']} is not what it was when run {found} searched it; search again.")
     languages.find(known["encoder"])
     chance = Writing(
         model, prompts("validation")[: known["n_validation"]], known["steps"], known["temperature"], seed,
@@ -138,17 +141,3 @@ def language_hybrid(model: LanguageModel, store: ActivationStore, seed: int, *, 
         f"prompts turned to {recipe.target} by the difference of means, new tokens steered by latent {recipe.latent} of"
         f" {found}; {len(tried)} ways tried on its validation prompts, told on its {len(test.given)} test prompts",
     )  # fmt: skip
-
-
-def _search(found: str, model: LanguageModel) -> Run:
-    if not found:
-        raise UserError("no run is named; give the id of one of language-steering.")
-    run = runs.get_run(found)
-    key = run.record["key"]
-    if key["analysis"] != "language-steering":
-        raise UserError(f"{found} is of {key['analysis']}; give the id of a run of language-steering.")
-    if key.get("model") != model.fingerprint:
-        raise UserError(
-            f"{found} is of {run.record['model_name']} with other weights than {model.name}; steer it there."
-        )
-    return run
