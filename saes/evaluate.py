@@ -66,7 +66,7 @@ def quality(
     Raises UserError if the SAE does not fit the model.
     """
     hook = hook or sae.hook
-    out = str(sae.about["hook_name_out"]) if sae.transcoder else hook
+    out = sae.hook_out if sae.transcoder else hook
     check_fit(model, sae, hook)
     found = store.get(model, sequences, list(dict.fromkeys([hook, out])))
     x, y = (torch.cat([row[1:] for row in found[name]]).to(sae.W_enc.device) for name in (hook, out))

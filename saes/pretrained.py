@@ -1,7 +1,7 @@
 """SAEs by name, and a check of one on real activations.
 
     a name of `shipped()`      one that comes with the package
-    the name of a model        all of a model that come with the package
+    the name of a group        all of it: gemma-3-270m are the wide ones of that model, gemma-3-270m-narrow the others
     train-sae-7009520071fe     those of a run, or one of them: train-sae-7009520071fe/blocks.12.hook_resid_post
     ./folder                   files in SAELens' format
     saelens:gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical
@@ -41,11 +41,12 @@ WORST = 0.9  # share of variance unexplained above which an SAE is not of these 
 
 @dataclass(frozen=True)
 class Shipped:
-    """An SAE that comes with the package."""
+    """An SAE that comes with the package; those of a group are of different layers, and can be named together."""
 
     run: str
     hook: str
     model: str
+    group: str
     about: str
 
 
@@ -57,12 +58,12 @@ def shipped() -> dict[str, Shipped]:
 
 def _register() -> None:
     places.ship(DATA / "runs")
-    by_model: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name, one in shipped().items():
         places.alias(name, f"{one.run}/{one.hook}")
-        by_model.setdefault(one.model, []).append(f"{one.run}/{one.hook}")
-    for model, specs in by_model.items():
-        places.alias(model, *specs)
+        groups.setdefault(one.group, []).append(f"{one.run}/{one.hook}")
+    for group, specs in groups.items():
+        places.alias(group, *specs)
 
 
 _register()
@@ -89,7 +90,7 @@ def _load(spec: str) -> dict[str, SAE]:
         found = places.folder_of(run)
         if found is None:
             some = (one for one in places.names() if one.startswith("train-sae"))
-            raise unknown("SAE", spec, [*shipped(), *dict.fromkeys(one.model for one in shipped().values()), *some])
+            raise unknown("SAE", spec, [*shipped(), *dict.fromkeys(one.group for one in shipped().values()), *some])
         folder = found / "files"
     if (folder / CONFIG).is_file():
         sae = SAE.load(folder)
@@ -133,7 +134,7 @@ def fit(model: LanguageModel, store: ActivationStore | None, sae: SAE, text: str
 def _both(
     model: LanguageModel, store: ActivationStore | None, sae: SAE, some: list[Int[Tensor, " pos"]]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    out = str(sae.about["hook_name_out"]) if sae.transcoder else sae.hook
+    out = sae.hook_out
     hooks = list(dict.fromkeys([sae.hook, out]))
     if store is not None:
         found = store.get(model, some, hooks)

@@ -89,6 +89,11 @@ class SAE:
             raise UserError("the SAE does not say at which hook point it reads; give the hook point.")
         return name
 
+    @property
+    def hook_out(self) -> str:
+        """The hook point it writes at: a transcoder's own, else the one it reads at."""
+        return str(self.about["hook_name_out"]) if self.transcoder else self.hook
+
     def neuronpedia(self, latent: int) -> str | None:
         """The address of a latent's page, where SAELens' list says that Neuronpedia has one (`neuronpedia_id`)."""
         self.direction(latent)

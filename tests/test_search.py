@@ -42,7 +42,9 @@ def planted(seed: int = 0) -> LanguageStats:
     rate[:, 6], fired[:, 6] = 0.8, 1.0
     noise = torch.full((LATENTS,), 0.02)
     noise[6] = 0.9
-    return LanguageStats("blocks.1.hook_resid_post", LANGUAGES, last, bare, sentences, rate, fired, noise)
+    dec = torch.linalg.qr(torch.randn(2 * LATENTS, LATENTS, generator=generator)).Q.T
+    means = sentences.mean(1) @ dec  # each latent is a direction of its own, and nothing is left over
+    return LanguageStats("blocks.1.hook_resid_post", LANGUAGES, last, bare, sentences, rate, fired, noise, means, dec)
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -95,6 +97,8 @@ def test_statistics_are_means_over_the_models_own_activations(
         assert torch.allclose(stats.sentences[i, 1], z[1].mean(0), atol=1e-5)
         assert torch.allclose(stats.rate[i], (torch.cat(z) > 0).float().mean(0))
         assert torch.allclose(stats.fired[i], torch.stack([(one > 0).any(0) for one in z]).float().mean(0))
+        x = [tiny.run(tiny.tokenize(text)[None], capture=[sae.hook], logits="none")[sae.hook][0, 1:] for text in texts]
+        assert torch.allclose(stats.mean[i], (x[0].mean(0) + x[1].mean(0)) / 2, atol=1e-5)
     bare = (latents("Un jour")[-1] + latents("Pourquoi pas")[-1]) / 2
     assert torch.allclose(stats.bare[1], bare, atol=1e-5)
     assert stats.noise.shape == (64,) and 0 < float(stats.noise.mean()) < 1
@@ -103,6 +107,18 @@ def test_statistics_are_means_over_the_models_own_activations(
     for hook in (sae.hook, "blocks.2.hook_resid_post"):
         statistics(tiny, store, replace(sae, about={"hook_name": hook}), rows)
     assert store.stats().forward_passes == before
+
+
+def test_parts_of_the_difference_of_means_are_the_reconstructions() -> None:
+    """Summed over latents they are how far the mean reconstruction goes towards the target, 1 where it is the mean;
+    half as much where latents make half of it, and the other way round they are the same."""
+    stats = planted()
+    parts = scores(stats, "fr")["diffmean"]
+    assert float(parts.sum()) == pytest.approx(1, abs=1e-5) and float(parts[3]) > 0.9
+    assert torch.allclose(scores(stats, "en", "fr")["diffmean"], parts, atol=1e-6)
+    assert torch.allclose(scores(replace(stats, mean=2 * stats.mean), "fr")["diffmean"], parts / 2, atol=1e-6)
+    mixed = replace(stats, mean=stats.mean + torch.randn(2 * LATENTS))
+    assert torch.allclose(scores(mixed, "fr")["diffmean"], parts, atol=1e-5)  # what all languages have is no one's
 
 
 def test_the_corpus_is_parallel_and_its_parts_apart() -> None:

@@ -33,8 +33,9 @@ def test_a_name_is_an_sae_of_its_run(name: str) -> None:
     one = shipped()[name]
     run = runs.get_run(one.run)
     (sae,) = load(name).values()
-    assert (sae.hook, sae.n_latents, one.model) == (one.hook, 4096, run.record["model_name"])
-    assert load(one.model)[one.hook].about == sae.about and one.model in pretrained.EMBEDDED
+    assert (sae.hook, one.model) == (one.hook, run.record["model_name"])
+    assert f"TopK, {sae.n_latents} latents, {sae.k} active, layer {one.hook.split('.')[1]} of" in one.about
+    assert load(one.group)[one.hook].about == sae.about and one.model in pretrained.EMBEDDED
     assert all(bool(x.isfinite().all()) for x in sae.tensors().values())
     size = (DATA / "runs" / one.run / "files" / one.hook / "sae_weights.safetensors").stat().st_size
     assert size <= 16e6
@@ -69,7 +70,7 @@ def test_those_of_gemma_fit_it(name: str, shared_home: Path, monkeypatch: pytest
         pytest.skip("its terms are not accepted")
     (sae,) = load(name).values()
     found = fit(LanguageModel.load("gemma-3-270m"), None, sae)
-    assert found["l0"] == pytest.approx(32, abs=0.1) and found["fvu"] < 0.4
+    assert found["l0"] == pytest.approx(sae.k, abs=0.1) and found["fvu"] < 0.4
 
 
 # ---- searches for a language ----
@@ -181,6 +182,23 @@ def test_what_the_page_says_of_layers_is_what_was_measured() -> None:
     assert f"strict success is {early} on average up to layer 10, {middle} up to 14 and {late} after that" in page
     assert sorted(one[1] for one in random.values())[-2:] == [0.0, 0.02]
     assert random["blocks.16.hook_resid_post"][0] == 0.58
+
+
+def test_what_the_page_says_of_parts_of_the_mean_difference_is_what_was_measured() -> None:
+    page, kept = whole_page(), json.loads((RESULTS / "steering-parts-gemma-3-270m-cpu.json").read_text())["saes"]
+    part, wholes = {}, []
+    for name, one in kept.items():
+        group, hook = name.split()
+        layer = int(hook.split(".")[1])
+        row = [f"{best:.2f}" for _, best, _ in one["parts"].values()]
+        assert f"| {layer} | {one['latents']}, {one['k']} | {' | '.join(row)} |" in page
+        part[one["latents"], layer] = [best for _, best, _ in one["parts"].values()]
+        wholes += [whole for _, _, whole in one["parts"].values()]
+        assert (places.behind(group) is None) == (layer in (0, 3) and one["latents"] == 4096)  # which come along
+    assert f".{100 * min(wholes):.0f} to .{100 * max(wholes):.0f}" in page
+    assert max(x for (wide, layer), some in part.items() if wide == 4096 and layer < 11 for x in some) < 0.22
+    times = [narrow / wide for narrow, wide in zip(part[128, 0], part[4096, 0], strict=True)]
+    assert f"{int(min(times))} to {int(max(times))} times as much of it in one at layer 0" in page
 
 
 def test_what_the_page_says_of_heads_is_what_was_measured() -> None:

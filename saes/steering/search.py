@@ -11,6 +11,10 @@ With z a latent's value, t the target and en the source:
                     (Tang et al. 2024 for neurons)
     langfir         monolinguality of latents that are active in most sentences of t and hardly on random tokens, else 0
                     (LangFIR 2026)
+    diffmean        how much of DiffMean, the difference d of the mean activations of t and en, is the latent's: the
+                    difference of its means, times w d / d d, where w is what a unit of it writes. Over all latents the
+                    sum is the reconstruction's, 1 for a perfect one; both a latent of t and one of en that falls away
+                    have a part
 
 The first is the paper's. It reads one token, which is a full stop in most sentences: what tells a Chinese one from an
 English one scores high and writes no Chinese. So `bare` is the same on sentences without their final punctuation, and
@@ -37,7 +41,7 @@ from workbench.errors import UserError
 from workbench.models import LanguageModel
 from workbench.registry import analysis
 
-SCORES = ("difference", "monolinguality", "effect", "auroc", "lape", "langfir")
+SCORES = ("difference", "monolinguality", "effect", "auroc", "lape", "langfir", "diffmean")
 FINAL = " \u00a0\u202f.!?…。！？»”“\"’'」』)）》"
 ACTIVE_IN, ACTIVE_ON_NOISE = 0.5, 0.1  # of langfir: share of sentences at least, of random sequences at most
 RANDOM = 100  # sequences of random tokens
@@ -51,6 +55,8 @@ class LanguageStats:
     sentences   mean of each latent over the tokens of every sentence, but the first
     rate        share of these tokens at which it is active; fired: share of sentences in which it is anywhere
     noise       share of sequences of random tokens in which it is active anywhere
+    mean        of what the SAE writes for: activations, the mean over sentences of means over tokens but the first
+    dec         what a unit of each latent writes
     """
 
     hook: str
@@ -61,13 +67,15 @@ class LanguageStats:
     rate: Float[Tensor, "language latent"]
     fired: Float[Tensor, "language latent"]
     noise: Float[Tensor, " latent"]
+    mean: Float[Tensor, "language d"]
+    dec: Float[Tensor, "latent d"]
 
 
 def statistics(
     model: LanguageModel, store: ActivationStore, sae: SAE, parallel: dict[str, list[str]], seed: int = 0
 ) -> LanguageStats:
     """From one pass over the sentences of each language; activations come from the store."""
-    columns: dict[str, list[Tensor]] = {name: [] for name in ("last", "bare", "sentences", "rate", "fired")}
+    columns: dict[str, list[Tensor]] = {name: [] for name in ("last", "bare", "sentences", "rate", "fired", "mean")}
     *sets, noise = _sets(model, parallel, seed)
     for whole, without in zip(sets[::2], sets[1::2], strict=True):
         z, bare = (_latents(model, store, sae, some) for some in (whole, without))
@@ -76,10 +84,12 @@ def statistics(
         columns["sentences"].append(torch.stack([one.mean(0) for one in z]))
         columns["rate"].append((torch.cat(z) > 0).float().mean(0))
         columns["fired"].append(torch.stack([(one > 0).any(0) for one in z]).float().mean(0))
+        written = store.get(model, whole, [sae.hook_out])[sae.hook_out]
+        columns["mean"].append(torch.stack([row[1:].float().mean(0) for row in written]).mean(0))
     found = _latents(model, store, sae, noise)
     return LanguageStats(
         sae.hook, tuple(parallel), **{name: torch.stack(rows) for name, rows in columns.items()},
-        noise=torch.stack([(one > 0).any(0) for one in found]).float().mean(0),
+        noise=torch.stack([(one > 0).any(0) for one in found]).float().mean(0), dec=sae.W_dec.cpu(),
     )  # fmt: skip
 
 
@@ -129,6 +139,7 @@ def scores(stats: LanguageStats, target: str, source: str = "en") -> dict[str, F
     mono = means[t] - means[rest].mean(0)
     share = stats.rate / stats.rate.sum(0).clamp(min=1e-12)
     entropy = -(share * share.clamp(min=1e-12).log()).sum(0)
+    between = stats.mean[t] - stats.mean[s]
     apart = (stats.fired[t] >= ACTIVE_IN) & (stats.noise <= ACTIVE_ON_NOISE)
     return {
         "difference": stats.last[t] - stats.last[s],
@@ -138,6 +149,7 @@ def scores(stats: LanguageStats, target: str, source: str = "en") -> dict[str, F
         # Of a latent that is active on one token in a hundred at least; the others are few draws.
         "lape": torch.where((stats.rate.argmax(0) == t) & (stats.rate[t] > 0.01), -entropy, -torch.inf),
         "langfir": torch.where(apart, mono, 0.0),
+        "diffmean": (means[t] - means[s]) * (stats.dec @ between) / between.square().sum().clamp(min=1e-12),
     }
 
 
@@ -198,7 +210,7 @@ class LanguageLatents:
         }
 
 
-@analysis("language-latents", model="gemma-3-270m")
+@analysis("language-latents", version=2, model="gemma-3-270m")
 def language_latents(
     model: LanguageModel,
     store: ActivationStore,
@@ -211,7 +223,7 @@ def language_latents(
     text: str = OWN,
     k: int = 10,
 ) -> LanguageLatents:
-    """Latents of an SAE that belong to a language, by six scores, from parallel sentences.
+    """Latents of an SAE that belong to a language, by seven scores, from parallel sentences.
 
     sae      a name, a run or a folder
     hook     which of its SAEs, if there are several
