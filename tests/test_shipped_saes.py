@@ -76,16 +76,24 @@ def test_those_of_gemma_fit_it(name: str, shared_home: Path, monkeypatch: pytest
 # ---- searches for a language ----
 
 
-SEARCHES = sorted(path.name for path in (DATA / "runs").glob("language-steering-*"))
+def searches(sae: str) -> list[str]:
+    """Ids of those that come along, of a group of SAEs."""
+    some = (path / "record.json" for path in (DATA / "runs").glob("language-steering-*"))
+    given = {path.parent.name: json.loads(path.read_text())["key"]["parameters"]["sae"] for path in some}
+    return sorted(id for id, name in given.items() if name == sae)
 
 
-@pytest.mark.parametrize("id", SEARCHES)
+WIDE, NARROW = "gemma-3-270m", "gemma-3-270m-narrow"
+SEARCHES = searches(WIDE)
+
+
+@pytest.mark.parametrize("id", [*SEARCHES, *searches(NARROW)])
 def test_a_search_is_of_the_saes_that_come_along_and_says_what_its_record_says(id: str) -> None:
     run = runs.get_run(id)
     assert run.result.summary() == run.summary
     recipe, contents = run.result.recipe, run.record["key"]["contents"]
     assert contents[recipe.sae] == places.behind(recipe.sae)  # a recipe is of no other SAE than it was found in
-    kept = json.loads((RESULTS / "steering-gemma-3-270m-cpu.json").read_text())["targets"][recipe.target]
+    kept = json.loads((RESULTS / f"steering-{recipe.sae}-cpu.json").read_text())["targets"][recipe.target]
     for name, verdict in run.result.table.items():
         assert kept["table"][name]["plain"] == pytest.approx(verdict.plain, abs=1e-3)
     assert kept["run"] == id and "def steered" in program(run.result, run)
@@ -199,6 +207,26 @@ def test_what_the_page_says_of_parts_of_the_mean_difference_is_what_was_measured
     assert max(x for (wide, layer), some in part.items() if wide == 4096 and layer < 11 for x in some) < 0.22
     times = [narrow / wide for narrow, wide in zip(part[128, 0], part[4096, 0], strict=True)]
     assert f"{int(min(times))} to {int(max(times))} times as much of it in one at layer 0" in page
+
+
+def test_what_the_page_says_of_narrow_saes_is_what_was_measured() -> None:
+    page, kept = whole_page(), json.loads((RESULTS / f"steering-{NARROW}-cpu.json").read_text())["targets"]
+    wide = json.loads((RESULTS / f"steering-{WIDE}-cpu.json").read_text())["targets"]
+    assert sorted(one["run"] for one in kept.values()) == searches(NARROW)
+    for target, one in kept.items():
+        recipe, table = one["recipe"], one["table"]
+        keys = ("plain", "strict", "score", "clean")
+        columns = [f"{table[name][key]:.2f}" for name in ("latent", "DiffMean") for key in keys]
+        row = f"| {LANGUAGES[target]} | {recipe['hook'].split('.')[1]}, {recipe['latent']} | {' | '.join(columns)} |"
+        assert row in page
+        more = {name: table[name]["score"] - wide[target]["table"][name]["score"] for name in ("latent", "DiffMean")}
+        assert f"{more['latent']:.2f}" == {"fr": "0.10", "de": "0.12"}[target] and more["DiffMean"] > 0.05
+    below = [f"{one['table']['DiffMean']['score'] - one['table']['latent']['score']:.2f}" for one in kept.values()]
+    assert below == ["0.01", "0.03"] and list(kept) == ["fr", "de"]
+    lost = {target: {name: x[1] - x[0] for name, x in one["effects"].items()} for target, one in kept.items()}
+    assert max(lost["fr"], key=lost["fr"].__getitem__) == "en" and f"{lost['fr']['en']:.1f}" == "1.6"
+    assert kept["fr"]["recipe"]["unit"] < 0 < kept["de"]["recipe"]["unit"]
+    assert min(lost["de"], key=lost["de"].__getitem__) == "de"
 
 
 def test_what_the_page_says_of_heads_is_what_was_measured() -> None:
