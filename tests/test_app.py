@@ -501,7 +501,8 @@ def test_models_and_saes_are_listed() -> None:
     shutil.copytree(one, settings.home() / "runs" / "train-sae-f00d" / "files")  # of no run that could be read
     shown = page("models").dataframe[1].value.set_index("name")
     assert list(shown.index) == [
-        "gemma-3-270m-9", "gemma-3-270m-11", "gemma-3-270m-13", "smollm2-135m", "train-sae-f00d",
+        *(f"gemma-3-270m-{which}" for which in ("narrow-0", "narrow-1", "narrow-2", 9, 11, 13)),
+        "smollm2-135m", "train-sae-f00d",
     ]  # fmt: skip
     assert shown.loc["gemma-3-270m-11", "FVU"] == 0.19 and shown.loc["gemma-3-270m-11", "L0"] == 32
     assert shown.loc["train-sae-f00d", ["L0", "FVU"]].isna().all()
