@@ -101,12 +101,26 @@ def test_statistics_are_means_over_the_models_own_activations(
         assert torch.allclose(stats.mean[i], (x[0].mean(0) + x[1].mean(0)) / 2, atol=1e-5)
     bare = (latents("Un jour")[-1] + latents("Pourquoi pas")[-1]) / 2
     assert torch.allclose(stats.bare[1], bare, atol=1e-5)
+    made = [torch.stack([sae.decode(latents(text)).mean(0) for text in texts]).mean(0) for texts in rows.values()]
+    between = stats.mean[1] - stats.mean[0]
+    whole = (made[1] - made[0]) @ between / (between @ between)
+    assert float(scores(stats, "fr")["diffmean"].sum()) == pytest.approx(float(whole), abs=1e-4)
     assert stats.noise.shape == (64,) and 0 < float(stats.noise.mean()) < 1
     search.prepare(tiny, store, [sae.hook, "blocks.2.hook_resid_post"], rows)
     before = store.stats().forward_passes
     for hook in (sae.hook, "blocks.2.hook_resid_post"):
         statistics(tiny, store, replace(sae, about={"hook_name": hook}), rows)
     assert store.stats().forward_passes == before
+
+
+def test_means_of_a_transcoder_are_of_what_it_writes(
+    tiny: LanguageModel, store: ActivationStore, tiny_sae: Path
+) -> None:
+    sae, hook_out = SAE.load(tiny_sae), "blocks.2.hook_mlp_out"
+    about = {"hook_name": sae.hook, "hook_name_out": hook_out}
+    stats = statistics(tiny, store, replace(sae, transcoder=True, subtract=False, about=about), {"en": ["One day."]})
+    x = tiny.run(tiny.tokenize("One day.")[None], capture=[hook_out], logits="none")[hook_out]
+    assert torch.allclose(stats.mean, x[:, 1:].mean(1), atol=1e-5)
 
 
 def test_parts_of_the_difference_of_means_are_the_reconstructions() -> None:

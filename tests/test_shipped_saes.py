@@ -205,6 +205,9 @@ def test_what_the_page_says_of_parts_of_the_mean_difference_is_what_was_measured
         assert (places.behind(group) is None) == (layer in (0, 3) and one["latents"] == 4096)  # which come along
     assert f".{100 * min(wholes):.0f} to .{100 * max(wholes):.0f}" in page
     assert max(x for (wide, layer), some in part.items() if wide == 4096 and layer < 11 for x in some) < 0.22
+    together = {layer: [x > 0.45 for x in part[4096, layer]] for layer in (11, 13)}  # fr es zh ja de it ru
+    assert [target for target, yes in zip(one["parts"], together[11], strict=True) if yes] == ["zh", "ru"]
+    assert [target for target, yes in zip(one["parts"], together[13], strict=True) if yes] == ["fr", "es", "zh", "it"]
     times = [narrow / wide for narrow, wide in zip(part[128, 0], part[4096, 0], strict=True)]
     assert f"{int(min(times))} to {int(max(times))} times as much of it in one at layer 0" in page
 
@@ -225,6 +228,9 @@ def test_what_the_page_says_of_narrow_saes_is_what_was_measured() -> None:
     assert below == ["0.01", "0.03"] and list(kept) == ["fr", "de"]
     lost = {target: {name: x[1] - x[0] for name, x in one["effects"].items()} for target, one in kept.items()}
     assert max(lost["fr"], key=lost["fr"].__getitem__) == "en" and f"{lost['fr']['en']:.1f}" == "1.6"
+    missed = {target: one["ablated"] for target, one in kept.items()}
+    assert [max(one, key=one.__getitem__) for one in missed.values()] == ["en", "de"]
+    assert missed["fr"]["en"] > 0.003 and all(x < 0.003 for name, x in missed["fr"].items() if name != "en")
     assert kept["fr"]["recipe"]["unit"] < 0 < kept["de"]["recipe"]["unit"]
     assert min(lost["de"], key=lost["de"].__getitem__) == "de"
 
