@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
+import scipy
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.stats import hypergeom, pearsonr, spearmanr
 from torch import Tensor
 
 from circuits.graph import Circuit, EdgeScores
@@ -99,7 +99,7 @@ def shared(
 
 def by_chance(total: int, a: int, b: int) -> Float[Tensor, " count"]:
     """The probability that random sets of a and b of all parts share 0, 1, 2, ... of them."""
-    return torch.from_numpy(hypergeom.pmf(range(min(a, b) + 1), total, a, b))
+    return torch.from_numpy(scipy.stats.hypergeom.pmf(range(min(a, b) + 1), total, a, b))
 
 
 def alike_by_chance(
@@ -247,10 +247,11 @@ def agreement(a: Run, b: Run) -> Agreement:
     if not why:
         change = comparing.paired(_per_prompt(left)[places[0]][finite], _per_prompt(right)[places[1]][finite])
     x, y = x[finite], y[finite]
+    pearson, spearman = scipy.stats.pearsonr, scipy.stats.spearmanr
     return Agreement(
         "edges" if isinstance(left, EdgeScores) else "nodes", kept, x, y, mixed, len(names) - len(kept),
         tuple(name for name in one if name not in both), tuple(name for name in other if name not in both),
-        _correlation(pearsonr, x, y), _correlation(spearmanr, x, y), _correlation(spearmanr, x.abs(), y.abs()),
+        _correlation(pearson, x, y), _correlation(spearman, x, y), _correlation(spearman, x.abs(), y.abs()),
         change, why or comparing.prompts(a, b).why, (left.unit, right.unit), (left.definition, right.definition),
     )  # fmt: skip
 

@@ -16,13 +16,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import rankdata
-from sklearn.metrics import average_precision_score, roc_curve
 from torch import Tensor
 
 from circuits.graph import EdgeScores
 from workbench.errors import UserError, unknown
-from workbench.scores import NodeScores, PairScores
+from workbench.scores import NodeScores, PairScores, auc
 
 NULL_DRAWS = 200
 
@@ -88,6 +86,8 @@ def recovery(
     n = int(label.sum())
     if not 0 < n < len(keep):
         raise UserError(f"{n} of {len(keep)} items are true in {name!r}; an AUC needs some of both.")
+    from sklearn.metrics import average_precision_score  # here: it is half a second that few need
+
     generator = torch.Generator().manual_seed(seed)
     boots = [auc(value[i], label[i]) for i in _resamples(label, draws, generator)]
     order = value.argsort(descending=True, stable=True)
@@ -121,15 +121,10 @@ def _items(scores: NodeScores | EdgeScores | PairScores) -> tuple[str, ...]:
     return scores.pairs if isinstance(scores, PairScores) else scores.graph.names
 
 
-def auc(value: Float[Tensor, " item"], label: Bool[Tensor, " item"]) -> float:
-    """Probability that a true item scores higher than a false one, ties counted half (Mann-Whitney)."""
-    n = int(label.sum())
-    ranks = torch.from_numpy(rankdata(value.numpy()))
-    return float((ranks[label].sum() - n * (n + 1) / 2) / (n * (len(label) - n)))
-
-
 def balanced(value: Float[Tensor, " item"], label: Bool[Tensor, " item"]) -> float:
     """Highest harmonic mean of sensitivity and specificity, 2 TPR TNR / (TPR + TNR), over thresholds."""
+    from sklearn.metrics import roc_curve
+
     fpr, tpr, _ = roc_curve(label.numpy(), value.numpy())
     total = tpr + 1 - fpr
     return float((2 * tpr * (1 - fpr) / total.clip(min=1e-12)).max())

@@ -20,9 +20,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import scipy
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import hypergeom
 from torch import Tensor
 
 from circuits.compare import score, scoring
@@ -302,7 +302,7 @@ def shared_by_chance(members: Bool[Tensor, "circuit head"], groups: Tensor) -> F
         for drawn in counts[1:]:
             met = torch.zeros_like(now)
             for had in now.nonzero()[:, 0].tolist():
-                met += now[had] * torch.from_numpy(hypergeom.pmf(range(size + 1), size, had, drawn))
+                met += now[had] * torch.from_numpy(scipy.stats.hypergeom.pmf(range(size + 1), size, had, drawn))
             now = met
         now = now[: min(counts) + 1]
         total = torch.nn.functional.conv1d(total[None, None], now.flip(0)[None, None], padding=len(now) - 1)[0, 0]

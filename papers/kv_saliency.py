@@ -38,11 +38,11 @@ from html import escape
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
+import scipy
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from plotly.subplots import make_subplots
-from scipy.stats import rankdata
 from torch import Tensor
 
 from workbench import canvas, metrics, sites
@@ -290,7 +290,7 @@ def largest(scores: Float[Tensor, "*any key"], share: float, recent: int, first:
 
 def rank_agreement(a: Float[Tensor, "*#any key"], b: Float[Tensor, "*#any key"]) -> Float[Tensor, "*any"]:
     """Spearman correlation over keys; not a number where all are equal."""
-    ranks = [torch.as_tensor(rankdata(x.numpy(), axis=-1)) for x in (a, b)]
+    ranks = [torch.as_tensor(scipy.stats.rankdata(x.numpy(), axis=-1)) for x in (a, b)]
     left, right = (x - x.mean(-1, keepdim=True) for x in ranks)
     return (left * right).sum(-1) / (left.square().sum(-1) * right.square().sum(-1)).sqrt()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,3 +73,11 @@ def test_modules_and_functions_stay_small() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 80, f"{path}: {node.name}"
+
+
+def test_what_is_slow_to_import_is_imported_where_it_is_used() -> None:
+    """So that `wb runs` answers at once: these libraries take twice as long as torch and all of ours together."""
+    slow = ("transformers.modeling_utils", "sklearn", "scipy.stats", "torch._dynamo", "streamlit", "sae_lens")
+    program = f"import sys, {', '.join(PACKAGES[:-1])}; print([name for name in {slow} if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert shown.stdout.strip() == "[]"

@@ -350,7 +350,9 @@ def test_an_interrupt_at_any_line_of_a_pass_changes_no_later_one(step: int, make
 
         def trace(frame: types.FrameType, event: str, _: object) -> Callable[..., object] | None:
             nonlocal left
-            if not frame.f_code.co_filename.endswith(("backend.py", "workbench/models.py", "contextlib.py")):
+            if not frame.f_code.co_filename.endswith(
+                ("backend.py", "workbench/attention.py", "workbench/models.py", "contextlib.py")
+            ):
                 return None
             if event == "line":
                 left -= 1

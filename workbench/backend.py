@@ -1,14 +1,15 @@
-"""The one file that touches Hugging Face: it loads modules, runs the attention step, and registers hooks.
+"""The one file that touches Hugging Face: it loads modules, gives them our attention step, and registers hooks.
 
-The attention step is the library's scaled-dot-product kernel called through our own function, because that is the one
-place where queries, keys, patterns and per-head outputs have the same layout in every family. Everything else is an
-ordinary module hook, placed by the table in `workbench/architectures.py`.
+The library is imported where it is used, because that takes longer than all else that `wb runs` does. What is inside
+attention is read and edited in `workbench/attention.py`. Everything else is an ordinary module hook, placed by the
+table in `workbench/architectures.py`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,26 +23,14 @@ from jaxtyping import Float
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import logging as backend_logging
 
 from workbench import norms, sites
 from workbench.architectures import Family
+from workbench.attention import Taps, Visit, step
 from workbench.errors import UserError
 
-Visit = Callable[[Tensor], Tensor]
 CausalLM = Any  # a PreTrainedModel, or a module that answers as one
+PreTrainedTokenizer = Any  # a PreTrainedTokenizerBase
 KERNEL = "workbench"  # a name with "sdpa" in it is refused for Gemma 2, whose soft cap we compute ourselves
 
 
@@ -99,8 +88,10 @@ def loader(model_type: str) -> Callable[[Loader], Loader]:
     return register
 
 
-def load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+def load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[CausalLM, PreTrainedTokenizer]:
     """Model and tokenizer of a local folder; options: of `workbench.spread`. Raises UserError for unreadable files."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
     with _quiet():
         try:
             own = _loaders.get(json.loads((folder / "config.json").read_text()).get("model_type"))
@@ -120,6 +111,8 @@ def sentence_encoder(name: str) -> Callable[[Sequence[str]], Float[Tensor, "text
 
     Raises UserError if it cannot be had.
     """
+    from transformers import AutoModel, AutoTokenizer
+
     with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
@@ -143,16 +136,30 @@ def sentence_encoder(name: str) -> Callable[[Sequence[str]], Float[Tensor, "text
 
 def new_cache(module: CausalLM) -> Any:
     """An empty cache of keys and values for generation; None for a model that is not the library's and keeps none."""
-    return DynamicCache(config=module.config) if isinstance(module, PreTrainedModel) else None
+    if not _of_the_library(module):
+        return None
+    from transformers import DynamicCache
+
+    return DynamicCache(config=module.config)
 
 
-def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+def _of_the_library(module: CausalLM) -> bool:
+    """Told without importing it, for nothing is an instance of a class that was not imported."""
+    models = sys.modules.get("transformers.modeling_utils")
+    return models is not None and isinstance(module, models.PreTrainedModel)
+
+
+def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizer:
     """A tokenizer of the `tokenizers` library as models are loaded with."""
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file to float32 safetensors and a tokenizer that load without it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         module = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
@@ -195,7 +202,7 @@ def plain_attention(module: CausalLM) -> Iterator[None]:
     try:
         yield
     finally:
-        module.set_attn_implementation(KERNEL)
+        use_attention(module)
 
 
 @contextmanager
@@ -211,105 +218,37 @@ def in_double(module: CausalLM) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The backend's progress bars and advice are not for our users."""
-    level = backend_logging.get_verbosity()
-    backend_logging.set_verbosity(backend_logging.CRITICAL)
-    backend_logging.disable_progress_bar()
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        backend_logging.set_verbosity(level)
-        backend_logging.enable_progress_bar()
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
 
 
 # ---- the attention step ----
 
 
-@dataclass
-class _Taps:
-    """What is to be read and changed inside one attention module during one run."""
+def attention(module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, None]:
+    """`workbench.attention.step` around the library's kernel."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    visit: Mapping[str, Visit] = field(default_factory=dict)
-    edited: frozenset[str] = frozenset()
-    past: tuple[Tensor, Tensor] | None = None
-    relevance: bool = False
-
-    def __call__(self, name: str, x: Tensor) -> Tensor:
-        return self.visit[name](x) if name in self.visit else x
-
-    def swapped(self, name: str, x: Tensor) -> Tensor:
-        """Hooks see [batch, pos, head, d_head]; the kernel wants [batch, head, pos, d_head]."""
-        return self.visit[name](x.transpose(1, 2)).transpose(1, 2) if name in self.visit else x
+    return step(sdpa_attention_forward, module, *args, **options)
 
 
-_NO_TAPS = _Taps()
+def use_attention(module: CausalLM) -> None:
+    """From here on the module's attention step is ours."""
+    if _of_the_library(module):
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-
-def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """The attention step: query [batch, head, pos, d_head], key and value [batch, kv head, pos, d_head].
-
-    options  scaling; sliding_window, softcap and s_aux (a sink: one logit per head that enters the softmax alone)
-
-    A pattern that is only read is computed beside the kernel's output, so that reading never changes a value.
-    """
-    taps = cast(_Taps, getattr(module, "workbench_taps", _NO_TAPS))
-    query = taps.swapped("attn.hook_rot_q", query)
-    key = taps.swapped("attn.hook_rot_k", key)
-    value = taps.swapped("attn.hook_v", value)
-    window = options.get("sliding_window")
-    if taps.past is not None:
-        key = torch.cat([_as_many(taps.past[0].transpose(1, 2), key), key], dim=2)
-        value = torch.cat([_as_many(taps.past[1].transpose(1, 2), value), value], dim=2)
-        attention_mask = _causal(query, key, window)  # the backend's mask knows nothing of the past
-    softcap, sink = options.get("softcap"), options.pop("s_aux", None)
-    rewritten = softcap is not None or sink is not None or taps.relevance or bool(taps.edited & sites.PATTERN_HOOKS)
-    z = None
-    if rewritten or taps.visit.keys() & sites.PATTERN_HOOKS:
-        groups = query.shape[1] // key.shape[1]
-        scores = query @ repeat_kv(key, groups).transpose(2, 3) * options["scaling"]
-        scores = _half(scores) if taps.relevance else scores
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        mask = _causal(query, key, window) if attention_mask is None else attention_mask
-        scores = taps("attn.hook_attn_scores", scores.masked_fill(~mask, -torch.inf))
-        if sink is not None:  # no key: what it draws is missing from the pattern
-            scores = torch.cat([scores, sink.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
-        pattern = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-        pattern = taps("attn.hook_pattern", pattern if sink is None else pattern[..., :-1])
-        if rewritten:
-            z = (pattern @ repeat_kv(value, groups)).transpose(1, 2)
-            z = _half(z) if taps.relevance else z
-    if z is None:
-        ungrouped = query.shape[1] == key.shape[1]  # the kernel would repeat keys and values that have been already
-        z = sdpa_attention_forward(_PLAIN if ungrouped else module, query, key, value, attention_mask, **options)[0]
-    return taps("attn.hook_z", z).contiguous(), None
-
-
-def _half(product: Tensor) -> Tensor:
-    """The same value with half the gradient: each factor of a product is given half of what it explains."""
-    return (product + product.detach()) / 2
-
-
-_PLAIN = nn.Identity()  # an attention module that says nothing of groups
-
-
-def _as_many(past: Tensor, now: Tensor) -> Tensor:
-    """[batch, kv head, pos, d_head], with each head repeated if those of `now` were."""
-    return repeat_kv(past, now.shape[1] // past.shape[1])
-
-
-def _causal(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """[1, 1, query, key], true where a query may look; the queries are the last positions of the keys."""
-    n_query, n_key = query.shape[2], key.shape[2]
-    position = torch.arange(n_key, device=query.device)
-    distance = position[n_key - n_query :, None] - position[None]
-    allowed = distance >= 0
-    return (allowed if window is None else allowed & (distance < window))[None, None]
-
-
-ALL_ATTENTION_FUNCTIONS.register(KERNEL, attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(KERNEL, sdpa_mask)
+        ALL_ATTENTION_FUNCTIONS.register(KERNEL, attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(KERNEL, sdpa_mask)
+    module.set_attn_implementation(KERNEL)
 
 
 # ---- hooks ----
@@ -380,7 +319,7 @@ def hooked(
                 attn = blocks[layer].get_submodule(family.attn)
                 names = frozenset(inside[hook] for hook in inside if hook in edited)
                 stack.callback(attn.__dict__.pop, "workbench_taps", None)
-                attn.workbench_taps = _Taps(visit_inside, names, past, relevance)  # type: ignore[assignment]
+                attn.workbench_taps = Taps(visit_inside, names, past, relevance)  # type: ignore[assignment]
         yield
     module.__dict__["workbench_under_way"] = False
 

@@ -20,9 +20,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import scipy
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from workbench.runs import Run
@@ -253,12 +253,12 @@ def newcombe(a: float, n_a: int, b: float, n_b: int) -> Ends:
 
 def wilson(share: float, n: int) -> tuple[float, float]:
     """Of one share of n (Wilson 1927)."""
-    found = stats.binomtest(round(share * n), n).proportion_ci(LEVEL, method="wilson")
+    found = scipy.stats.binomtest(round(share * n), n).proportion_ci(LEVEL, method="wilson")
     return float(found.low), float(found.high)
 
 
 def _t(freedom: float) -> float:
-    return float(stats.t.ppf(0.5 + LEVEL / 2, freedom))
+    return float(scipy.stats.t.ppf(0.5 + LEVEL / 2, freedom))
 
 
 # ---- files ----

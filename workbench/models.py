@@ -71,7 +71,7 @@ class LanguageModel:
         self._module = module.eval().requires_grad_(False)
         self._family = family(self.config.model_type)
         self._bigram: Tensor | None = getattr(module, "bigram_table", None)  # added to the logits by the current token
-        self._module.set_attn_implementation(backend.KERNEL)
+        backend.use_attention(self._module)
         self._lock = threading.RLock()
         os.register_at_fork(after_in_child=partial(_after_fork, weakref.ref(self)))
         self.hook_points = backend.hook_points(self._family, self.config.n_layers)

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import scipy  # which imports `scipy.stats` when it is asked for
 import torch
-from jaxtyping import Float
-from scipy.stats import spearmanr
-from sklearn.metrics import roc_auc_score
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 _HEAD = re.compile(r"a(\d+)\.h(\d+)")
@@ -107,11 +106,18 @@ def rank_agreement(a: NodeScores, b: NodeScores) -> float:
     """Spearman correlation of the absolute head scores of two methods, over the heads both have."""
     left, right = a.heads(), b.heads()
     shared = sorted(left.keys() & right.keys())
-    return float(spearmanr([abs(left[n]) for n in shared], [abs(right[n]) for n in shared]).statistic)
+    return float(scipy.stats.spearmanr([abs(left[n]) for n in shared], [abs(right[n]) for n in shared]).statistic)
+
+
+def auc(value: Float[Tensor, " item"], label: Bool[Tensor, " item"]) -> float:
+    """Probability that a true item scores higher than a false one, ties counted half (Mann-Whitney)."""
+    n = int(label.sum())
+    ranks = torch.from_numpy(scipy.stats.rankdata(value.numpy()))
+    return float((ranks[label].sum() - n * (n + 1) / 2) / (n * (len(label) - n)))
 
 
 def head_auc(scores: NodeScores, truth: Iterable[str], *, absolute: bool = True) -> float:
     """ROC AUC of the head scores against a set of heads; 0.5 is chance, ties count half."""
     heads, truth = scores.heads(), set(truth)
-    values = [abs(score) if absolute else score for score in heads.values()]
-    return float(roc_auc_score([name in truth for name in heads], values))
+    values = torch.tensor(list(heads.values()))
+    return auc(values.abs() if absolute else values, torch.tensor([name in truth for name in heads]))

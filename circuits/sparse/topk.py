@@ -50,7 +50,8 @@ class AbsTopK(nn.Module):
 
     def forward(self, x: Float[Tensor, "*any width"]) -> Float[Tensor, "*any width"]:
         if x.device.type == "cpu":
-            kept: Tensor = _on_cpu(x, self.k)
+            select = _uncompiled() if torch.compiler.is_compiling() else _Kept.apply
+            kept: Tensor = select(x, self.k)
             return kept
         if gpu.has_kernels(x):
             from workbench import kernels
@@ -63,9 +64,10 @@ class AbsTopK(nn.Module):
         return f"k={self.k}"
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would make torch of the numpy
-def _on_cpu(x: Tensor, k: int) -> Tensor:
-    return _Kept.apply(x, k)  # type: ignore[no-any-return, no-untyped-call]
+@cache
+def _uncompiled() -> Callable[[Tensor, int], Tensor]:
+    """Of whose numpy the compiler would make torch. Only asked for when compiling, because this imports all of it."""
+    return torch.compiler.disable(_Kept.apply)  # type: ignore[no-any-return]
 
 
 class _Kept(torch.autograd.Function):

@@ -36,6 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from circuits.sparse.data import TokenStream
 from circuits.sparse.model import SparseConfig, SparseTransformer
@@ -63,6 +64,16 @@ def matrices(module: SparseTransformer) -> Iterator[tuple[str, Tensor, Neurons |
             continue
         embedding = not name.startswith("transformer.h.")
         yield name, weight, None if embedding else "columns" if name.endswith("c_proj.weight") else "rows", embedding
+
+
+class _Unset(TorchFunctionMode):
+    """Parameters are not set: what has no memory has no values, and to set them all the same imports the compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.normal_ or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,7 @@ class Recipe:
             raise UserError("tokens, seconds and batch must be positive, and length at least 2.")
         if self.length > self.model.block_size:
             raise UserError(f"length={self.length} is more than the {self.model.block_size} tokens the model reads.")
-        with torch.device("meta"):
+        with torch.device("meta"), _Unset():
             shapes = SparseTransformer(self.model)
         for name, matrix, neurons, _ in matrices(shapes):
             least = self.per_neuron * (matrix.shape[0] if neurons == "rows" else matrix.shape[1])

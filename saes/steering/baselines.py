@@ -18,7 +18,6 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from saes.evaluate import by_length
@@ -56,6 +55,8 @@ def directions(
     model: LanguageModel, store: ActivationStore, hook: str, target: Sequence[str], source: Sequence[str]
 ) -> dict[str, Steering]:
     """DiffMean, PCA and probe at a hook point, with strength 1."""
+    from sklearn.linear_model import LogisticRegression  # here: it is half a second that few need
+
     (ours, mean), (theirs, other) = (sentence_means(model, store, hook, some) for some in (target, source))
     difference = mean - other
     unit = float(difference.norm())
