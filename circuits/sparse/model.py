@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from circuits.sparse.topk import AbsTopK
-from workbench import backend
+from workbench import attention
 from workbench.errors import UserError
 
 MODEL_TYPE = "weight_sparse"
@@ -147,7 +147,7 @@ class Attention(nn.Module):
         sink = None if self.attn_imp is None else self.attn_imp.sink_logit
         scale = 1 / math.sqrt(self.d_head)
         if self.kernel == "workbench":
-            return backend.attention(self, q, k, v, None, scaling=scale, **({} if sink is None else {"s_aux": sink}))[0]
+            return attention.step(_fused, self, q, k, v, None, scaling=scale, s_aux=sink)[0]
         n = q.shape[2]
         causal = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
         if self.kernel == "eager":
@@ -216,6 +216,14 @@ class Block(nn.Module):
         if hasattr(self, "ln_p1"):
             found |= {name: "position channels" for name in ("attn_in", "mlp") if name not in found}
         return found
+
+
+def _fused(
+    _: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float
+) -> tuple[Tensor, None]:
+    """The kernel of `workbench.attention.step`: torch's own, as it is called for models with as many keys as queries."""
+    causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scaling).transpose(1, 2), None
 
 
 def _beside(x: Tensor, positions: Tensor | None) -> Tensor:
