@@ -221,7 +221,7 @@ class Block(nn.Module):
 def _fused(
     _: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float
 ) -> tuple[Tensor, None]:
-    """The kernel of `workbench.attention.step`: torch's own, as it is called for models with as many keys as queries."""
+    """The kernel of `workbench.attention.step`: torch's own, for models with as many keys as queries."""
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scaling).transpose(1, 2), None
 
