@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 import torch
@@ -99,38 +100,58 @@ def test_a_search_is_of_the_saes_that_come_along_and_says_what_its_record_says(i
     assert kept["run"] == id and "def steered" in program(run.result, run)
 
 
-def test_what_the_page_says_of_the_searches_is_what_was_measured() -> None:
-    page = " ".join((Path(__file__).parents[1] / "docs" / "steering.md").read_text().split())
-    kept = json.loads((RESULTS / "steering-gemma-3-270m-cpu.json").read_text())
-    itself = json.loads((RESULTS / "steering-native-gemma-3-270m-cpu.json").read_text())["languages"]
-    short, scores = {}, {}
-    for target, one in kept["targets"].items():
+Kept = dict[str, dict[str, Any]]  # by language
+
+
+def measured(sae: str) -> tuple[Kept, dict[str, dict[str, float]]]:
+    """Of each language, and the means of each method."""
+    record = json.loads((RESULTS / f"steering-{sae}-cpu.json").read_text())
+    return record["targets"], record["mean"]
+
+
+def gaps(kept: Kept, key: str, of: str = "latent") -> dict[str, float]:
+    """How far it is behind the difference of means."""
+    return {target: one["table"]["DiffMean"][key] - one["table"][of][key] for target, one in kept.items()}
+
+
+def overlap(table: dict[str, dict[str, list[float]]], key: str) -> bool:
+    (low, high), (least, most) = table["latent"][key], table["DiffMean"][key]
+    return low <= most and least <= high
+
+
+def by_itself() -> dict[str, float]:
+    kept = json.loads((RESULTS / "steering-native-gemma-3-270m-cpu.json").read_text())["languages"]
+    return {language: one["clean"] for language, one in kept.items()}
+
+
+@pytest.mark.parametrize("sae", [WIDE, NARROW])
+def test_the_tables_of_searches_are_what_was_measured(sae: str) -> None:
+    page, (kept, means), itself = whole_page(), measured(sae), by_itself()
+    assert sorted(one["run"] for one in kept.values()) == searches(sae)
+    assert means["latent"]["languages"] == len(kept) == 7
+    for target, one in kept.items():
         table, recipe = one["table"], one["recipe"]
         keys = ("plain", "strict", "score", "clean")
         columns = [f"{table[name][key]:.2f}" for name in ("latent", "DiffMean") for key in keys]
-        layer = recipe["hook"].split(".")[1]
-        assert f"| {layer}, {recipe['latent']} | {' | '.join(columns)} | {itself[target]['clean']:.2f} |" in page
-        for key in ("plain_interval", "strict_interval"):
-            (low, high), (least, most) = table["latent"][key], table["DiffMean"][key]
-            assert (low <= most and least <= high) == (target != "ru"), (target, key)
-        scores[target] = table["latent"]["score"] - table["DiffMean"]["score"]
-        short[target] = table["latent"]["clean"] / itself[target]["clean"]
-    rounded = {target: round(x, 1) for target, x in short.items()}
-    assert rounded == {"fr": 1.0, "zh": 1.0, "es": 0.8, "ja": 0.6, "de": 1.1, "it": 0.7, "ru": 0.6}
-    assert sum(one < -0.01 for one in scores.values()) == 5 and max(scores.values()) < 0.01
-    plain = {
-        t: one["table"]["DiffMean"]["plain"] - one["table"]["latent"]["plain"] for t, one in kept["targets"].items()
-    }
-    strict = {
-        t: one["table"]["DiffMean"]["strict"] - one["table"]["latent"]["strict"] for t, one in kept["targets"].items()
-    }
-    assert all(gap["ru"] > sum(gap.values()) / 2 for gap in (plain, strict))
-    assert kept["targets"]["ru"]["table"]["latent"]["labels"]["en"] == pytest.approx(60 / 3, abs=1)
-    for name, one in kept["mean"].items():
+        row = f"| {LANGUAGES[target]} | {recipe['hook'].split('.')[1]}, {recipe['latent']} | {' | '.join(columns)} |"
+        assert f"{row} {itself[target]:.2f} |" in page
+    for name, one in means.items():
         row = " | ".join(f"{one[key]:.3f}" for key in ("plain", "strict", "score"))
         assert name == "none" or f"| {name} | {row} |" in page, name
-        assert name != "PCA" or all(abs(one[key] - kept["mean"]["DiffMean"][key]) < 0.03 for key in ("plain", "strict"))
-    assert kept["mean"]["latent"]["languages"] == len(kept["targets"]) == len(SEARCHES)
+
+
+def test_what_the_page_says_of_wide_saes_is_what_was_measured() -> None:
+    (kept, means), itself = measured(WIDE), by_itself()
+    for target, one in kept.items():
+        for key in ("plain_interval", "strict_interval"):
+            assert overlap(one["table"], key) == (target != "ru"), (target, key)
+    short = {target: round(one["table"]["latent"]["clean"] / itself[target], 1) for target, one in kept.items()}
+    assert short == {"fr": 1.0, "zh": 1.0, "es": 0.8, "ja": 0.6, "de": 1.1, "it": 0.7, "ru": 0.6}
+    behind = gaps(kept, "score").values()
+    assert sum(gap > 0.01 for gap in behind) == 5 and min(behind) > -0.01
+    assert all(gaps(kept, key)["ru"] > sum(gaps(kept, key).values()) / 2 for key in ("plain", "strict"))
+    assert kept["ru"]["table"]["latent"]["labels"]["en"] == pytest.approx(60 / 3, abs=1)
+    assert all(abs(means["PCA"][key] - means["DiffMean"][key]) < 0.03 for key in ("plain", "strict"))
 
 
 # ---- hybrids, layers, heads ----
@@ -213,26 +234,39 @@ def test_what_the_page_says_of_parts_of_the_mean_difference_is_what_was_measured
 
 
 def test_what_the_page_says_of_narrow_saes_is_what_was_measured() -> None:
-    page, kept = whole_page(), json.loads((RESULTS / f"steering-{NARROW}-cpu.json").read_text())["targets"]
-    wide = json.loads((RESULTS / f"steering-{WIDE}-cpu.json").read_text())["targets"]
-    assert sorted(one["run"] for one in kept.values()) == searches(NARROW)
-    for target, one in kept.items():
-        recipe, table = one["recipe"], one["table"]
-        keys = ("plain", "strict", "score", "clean")
-        columns = [f"{table[name][key]:.2f}" for name in ("latent", "DiffMean") for key in keys]
-        row = f"| {LANGUAGES[target]} | {recipe['hook'].split('.')[1]}, {recipe['latent']} | {' | '.join(columns)} |"
-        assert row in page
-        more = {name: table[name]["score"] - wide[target]["table"][name]["score"] for name in ("latent", "DiffMean")}
-        assert f"{more['latent']:.2f}" == {"fr": "0.10", "de": "0.12"}[target] and more["DiffMean"] > 0.05
-    below = [f"{one['table']['DiffMean']['score'] - one['table']['latent']['score']:.2f}" for one in kept.values()]
-    assert below == ["0.01", "0.03"] and list(kept) == ["fr", "de"]
+    kept, means = measured(NARROW)
+    behind = {key: means["DiffMean"][key] - means["latent"][key] for key in ("plain", "strict", "score")}
+    assert [f"{gap:.3f}" for gap in behind.values()] == ["0.035", "0.031", "0.055"]
+    score = gaps(kept, "score")
+    assert (score["es"] + score["it"]) / sum(score.values()) == pytest.approx(0.8, abs=0.05)
+    assert all(overlap(one["table"], key) for one in kept.values() for key in ("plain_interval", "strict_interval"))
+    strict = {target: f"{gap:.2f}" for target, gap in gaps(kept, "strict").items() if abs(gap) > 0.02}
+    assert strict == {"ja": "-0.13", "zh": "-0.07", "ru": "-0.05", "es": "0.17", "it": "0.15", "de": "0.13"}
+    assert means["three latents"]["strict"] == pytest.approx(means["latent"]["strict"], abs=0.002)
+    none = {
+        target: {hook for hook, (*_, plain, _) in one["layers"]["PCA"].items() if not plain}
+        for target, one in kept.items()
+    }
+    assert all("blocks.0.hook_resid_post" in some for some in none.values())
+    assert {target for target, some in none.items() if len(some) == 3} == {"es", "it"}
+
     lost = {target: {name: x[1] - x[0] for name, x in one["effects"].items()} for target, one in kept.items()}
-    assert max(lost["fr"], key=lost["fr"].__getitem__) == "en" and f"{lost['fr']['en']:.1f}" == "1.6"
     missed = {target: one["ablated"] for target, one in kept.items()}
-    assert [max(one, key=one.__getitem__) for one in missed.values()] == ["en", "de"]
-    assert missed["fr"]["en"] > 0.003 and all(x < 0.003 for name, x in missed["fr"].items() if name != "en")
-    assert kept["fr"]["recipe"]["unit"] < 0 < kept["de"]["recipe"]["unit"]
-    assert min(lost["de"], key=lost["de"].__getitem__) == "de"
+    own = set(kept) - {"fr"}
+    assert all(min(lost[target], key=lost[target].__getitem__) == target for target in own)
+    assert {target: f"{missed[target][target]:.2f}" for target in own} == {
+        "ru": "2.07", "zh": "1.93", "ja": "1.62", "de": "0.12", "it": "0.08", "es": "0.06"
+    }  # fmt: skip
+    assert max(x for target in own for name, x in missed[target].items() if name != target) < 0.04
+    assert max(lost["fr"], key=lost["fr"].__getitem__) == "en" and f"{lost['fr']['en']:.1f}" == "1.6"
+    assert max(missed["fr"], key=missed["fr"].__getitem__) == "en" and f"{missed['fr']['en']:.3f}" == "0.005"
+    assert kept["fr"]["recipe"]["unit"] < 0 < min(kept[target]["recipe"]["unit"] for target in own)
+
+    wide, whole = measured(WIDE)
+    less = [means["latent"][key] - whole["latent"][key] for key in ("plain", "strict", "score")]
+    assert [f"{x:.2f}" for x in less] == ["0.10", "0.14", "0.09"]
+    stricter = {t for t in kept if wide[t]["table"]["latent"]["strict"] > kept[t]["table"]["latent"]["strict"]}
+    assert stricter == {"de"}
 
 
 def test_what_the_page_says_of_heads_is_what_was_measured() -> None:

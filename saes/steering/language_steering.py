@@ -145,7 +145,7 @@ def language_steering(
     store: ActivationStore,
     seed: int,
     *,
-    sae: str = "gemma-3-270m",
+    sae: str = "gemma-3-270m-narrow",
     target: str = "fr",
     source: str = "en",
     text: str = OWN,
