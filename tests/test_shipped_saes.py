@@ -74,6 +74,19 @@ def test_those_of_gemma_fit_it(name: str, shared_home: Path, monkeypatch: pytest
     assert found["l0"] == pytest.approx(sae.k, abs=0.1) and found["fvu"] < 0.4
 
 
+def test_what_the_page_says_of_the_time_to_a_loss_is_what_was_measured() -> None:
+    kept, page = json.loads((RESULTS / "sae-to-a-loss-cpu.json").read_text()), whole_page()
+    longer = {name: one["wall"] for name, one in kept["times as long"].items()}
+    assert f"SAELens takes {longer['saelens']:.1f} times as long" in page
+    assert f"its sparse option {longer['saelens, sparse']:.1f} times" in page
+    steps = kept["steps"]
+    assert f"after {steps['saelens']} steps" in page and f"so that {steps['ours']} steps do" in page
+    assert longer["saelens"] * steps["ours"] / steps["saelens"] == pytest.approx(5, abs=0.25)  # a step
+    left = kept["share of variance left"]
+    assert max(left.values()) == left["goal"] == left["saelens"]
+    assert (kept["latents"], kept["k"], kept["batch"], kept["threads"]) == (4608, 32, 2048, 2)
+
+
 # ---- searches for a language ----
 
 
