@@ -76,7 +76,7 @@ def test_modules_and_functions_stay_small() -> None:
 
 
 def test_what_is_slow_to_import_is_imported_where_it_is_used() -> None:
-    """So that `wb runs` answers at once: these libraries take twice as long as torch and all of ours together."""
+    """So that `wb runs` answers at once: they take nearly twice as long as torch and all of ours together."""
     slow = ("transformers.modeling_utils", "sklearn", "scipy.stats", "torch._dynamo", "streamlit", "sae_lens")
     program = f"import sys, {', '.join(PACKAGES[:-1])}; print([name for name in {slow} if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -14,12 +14,12 @@ from circuits import cdt as module
 from circuits.cdt import Attention, cdt
 from circuits.patching import patching
 from circuits.planted import SUITE, plant
-from circuits.recovery import auc
 from circuits.writes import Writes
 from tests.test_attribution import draw
 from workbench.activations import ActivationStore
 from workbench.errors import UserError
 from workbench.models import LanguageModel
+from workbench.scores import auc
 from workbench.sites import block
 
 Make = Callable[..., LanguageModel]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from circuits.recovery import auc, balanced, recovery, stability, standardised
+from circuits.recovery import balanced, recovery, stability, standardised
 from workbench.errors import UserError
-from workbench.scores import NodeScores, PairScores
+from workbench.scores import NodeScores, PairScores, auc
 
 HEADS = tuple(f"a{layer}.h{h}" for layer in range(12) for h in range(12))
 

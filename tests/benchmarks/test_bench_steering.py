@@ -1,5 +1,5 @@
-"""Language steering of gemma-3-270m: the single latent, every baseline and every control, in seven languages. Three
-hours on two cores; each language is a run of its own, so that a second start goes on.
+"""Language steering of gemma-3-270m: the single latent, every baseline and every control, in seven languages. Half an
+hour or more each on two cores; those that come with the package are found.
 
     pytest tests/benchmarks/test_bench_steering.py -m slow
 
