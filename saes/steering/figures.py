@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 import plotly.graph_objects as go
 import torch
@@ -12,7 +13,7 @@ from plotly.subplots import make_subplots
 
 from saes.steering.evaluate import Verdict
 from saes.steering.heads import LanguageHeads
-from saes.steering.hybrid import NAME, LanguageHybrid
+from saes.steering.hybrid import OWN, TURNED, LanguageHybrid
 from saes.steering.language_steering import LanguageSteering
 from saes.steering.languages import LANGUAGES
 from saes.steering.layers import LanguageLayers
@@ -174,11 +175,12 @@ def steering_tables(result: LanguageSteering) -> list[Table]:
 @figure.register
 def hybrid_figure(result: LanguageHybrid) -> go.Figure:
     """Shares of test texts by method, with 95 % intervals, and what was tried on validation prompts: strict success
-    over how strongly the latent holds, a line for each push on the prompt; dotted: held less from token to token."""
+    over how strongly the latent holds, a line for each push on the prompt, and over the strength of own latents; dotted
+    and dashed: less from token to token."""
     height = 140 + 34 * len(result.table)
     fig = make_subplots(
-        rows=1, cols=2, column_widths=[0.5, 0.5], horizontal_spacing=0.16,
-        subplot_titles=["test prompts", "validation prompts"],
+        rows=1, cols=3, column_widths=[0.44, 0.28, 0.28], horizontal_spacing=0.09,
+        subplot_titles=["test prompts", "turned and held, validation", "own latents, validation"],
     )  # fmt: skip
     _shares(fig, result.table)
     turns = list(dict.fromkeys(way.turn for way in result.tried))
@@ -186,21 +188,37 @@ def hybrid_figure(result: LanguageHybrid) -> go.Figure:
         some = [way for way in result.tried if (way.turn, way.decay) == (turn, decay)]
         fig.add_trace(
             go.Scatter(
-                x=[way.hold for way in some], y=[way.verdict.strict for way in some], mode="lines+markers",
+                x=[way.hold for way in some], y=[way.verdict.strict for way in some],
                 name=f"turned × {turn:g}", legendgroup=f"turn {turn:g}", showlegend=decay == some[0].decay == 1,
-                marker={"size": 7, "symbol": SYMBOLS[turns.index(turn) % len(SYMBOLS)]},
-                line={
-                    "color": SHADES[turns.index(turn) % len(SHADES)].format(0.9), "width": 2,
-                    "dash": None if decay == 1 else "dot",
-                },
                 hovertemplate=f"turned × {turn:g}, held × %{{x}}, decay {decay:g}: %{{y:.2f}}<extra></extra>",
+                **_line(turns.index(turn), decay),
             ), row=1, col=2,
         )  # fmt: skip
-    fig.update_xaxes(title_text="held × the recipe's strength", row=1, col=2)
+    told = sorted((cell for cell in result.cells if cell.verdict), key=lambda cell: (-cell.decay, cell.strength))
+    for decay in dict.fromkeys(cell.decay for cell in told):
+        ways = [cell for cell in told if cell.decay == decay]
+        fig.add_trace(
+            go.Scatter(
+                x=[cell.strength for cell in ways], y=[cell.verdict.strict for cell in ways if cell.verdict],
+                showlegend=False, name=f"decay {decay:g}", **_line(0, decay),
+                hovertemplate=f"× %{{x:.2f}}, decay {decay:g}: %{{y:.2f}}<extra></extra>",
+            ), row=1, col=3,
+        )  # fmt: skip
+    fig.update_xaxes(title_text="× the latent's strength", row=1, col=2)
+    fig.update_xaxes(title_text="× the mean difference", row=1, col=3)
     fig.update_yaxes(title_text="strict success", range=[-0.03, 1.03], row=1, col=2)
+    fig.update_yaxes(range=[-0.03, 1.03], row=1, col=3)
     fig.update_xaxes(title_standoff=6)
     fig.update_layout(legend={"orientation": "h", "y": 1 + 26 / height, "yanchor": "bottom", "x": 0})
     return canvas.finish(fig, height, top=70)
+
+
+def _line(i: int, decay: float) -> dict[str, Any]:
+    dash = None if decay == 1 else "dot" if decay <= 0.9 else "dash"
+    return {
+        "mode": "lines+markers", "marker": {"size": 7, "symbol": SYMBOLS[i % len(SYMBOLS)]},
+        "line": {"color": SHADES[i % len(SHADES)].format(0.9), "width": 2, "dash": dash},
+    }  # fmt: skip
 
 
 @definition.register
@@ -210,8 +228,8 @@ def _(result: LanguageHybrid) -> str:
 
 @tables.register
 def hybrid_tables(result: LanguageHybrid) -> list[Table]:
-    """Verdicts by method, best first, and what the three wrote on the same prompts."""
-    return _tables(result.table, result.examples, (NAME, "latent", "DiffMean"))
+    """Verdicts by method, best first, and what hybrids, latent and difference of means wrote on the same prompts."""
+    return _tables(result.table, result.examples, (TURNED, OWN, "latent", "DiffMean"))
 
 
 def _tables(

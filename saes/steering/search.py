@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saes.latents import one_of
@@ -151,6 +151,21 @@ def scores(stats: LanguageStats, target: str, source: str = "en") -> dict[str, F
         "langfir": torch.where(apart, mono, 0.0),
         "diffmean": (means[t] - means[s]) * (stats.dec @ between) / between.square().sum().clamp(min=1e-12),
     }
+
+
+def owned(stats: LanguageStats, language: str) -> Bool[Tensor, " latent"]:
+    """Those that are larger in this language than in any other, mean over sentences."""
+    means = stats.sentences.mean(1)
+    return (means.argmax(0) == stats.languages.index(language)) & (means.amax(0) > 0)
+
+
+def by_own_latents(stats: LanguageStats, target: str, source: str) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+    """The difference of the languages' mean activations in two: what latents that are either's own write, by the
+    difference of their means, and the rest."""
+    t, s = stats.languages.index(target), stats.languages.index(source)
+    own, means = owned(stats, target) | owned(stats, source), stats.sentences.mean(1)
+    written = (means[t] - means[s])[own] @ stats.dec[own]
+    return written, stats.mean[t] - stats.mean[s] - written
 
 
 def auroc(own: Float[Tensor, "n latent"], others: Float[Tensor, "m latent"]) -> Float[Tensor, " latent"]:
