@@ -242,6 +242,10 @@ def test_where_a_hybrid_is_better_or_worse_beyond_chance() -> None:
         for id in searches(NARROW)
     ]
     assert (f"{fmean(chosen):.2f}", f"{fmean(one.strict or 0.0 for one in means if one):.2f}") == ("0.80", "0.84")
+    (french,) = (run for run in shipped_runs("language-hybrid") if run.summary["recipe"]["target"] == "fr")
+    cells = runs.get_run(french.summary["search"]).result.cells
+    assert max((cell for cell in cells if cell.method == "DiffMean"), key=rank).hook == "blocks.2.hook_resid_post"
+    assert shipped_runs("language-layers")[0].summary["plain_strict_score"]["blocks.0.hook_resid_post"][1] == 0.92
     left = {target: one["rest of DiffMean"]["plain"] for target, one in tables.items()}
     assert {target for target, x in left.items() if x > 0.17} == {"fr", "it"} and left["fr"] > 0.8
 

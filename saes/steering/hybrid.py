@@ -2,7 +2,7 @@
 
     DiffMean, then latent  The two fail in different ways. The difference of means turns a text at once, and what goes
                            on pushing it makes it repeat itself and forget its subject; one latent keeps a text in its
-                           language, and often leaves it in English at the start. So the first acts on the prompt alone
+                           language, and may leave it in English at the start. So the first acts on the prompt alone
                            and the second on new tokens alone. How long the push on the prompt is, how strong the latent
                            and how fast it decays is chosen on validation prompts
     own latents            What the difference of means is made of, less what is no language's: of its parts that single
@@ -76,7 +76,8 @@ class LanguageHybrid:
     tried    the first hybrid on validation prompts, chosen: of these
     cells    own latents on validation prompts, together: chosen of these
     own      how many latents are a language's own, by language
-    part     of the difference of means that they write together, 1: all of it
+    part     of what they write together: how long it is along the difference of means, 1: as long as that. They
+             write other things too: the rest is 0 only if they write the difference and nothing else
     table    test: verdicts by method
     examples by method: prompt, text
     """
